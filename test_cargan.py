@@ -1,18 +1,428 @@
-"""The tests: python -m pytest. On a CPU, without network and without any data."""
+"""The tests: python -m pytest. On a CPU, without network and without any data but the demo's."""
 import copy
 import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy import signal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cargan
+import preprocess
+from preprocess import InputError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+    """A small demo dataset: 13 classes, 4 pairs in train and 2 in validation each."""
+    folder = tmp_path_factory.mktemp('data') / 'demo'
+    preprocess.write_demo(folder, train=4, validation=2, size=64)
+    return folder
+
+
+@pytest.fixture
+def data(demo, tmp_path):
+    """A copy of the demo dataset to be spoilt."""
+    shutil.copytree(demo, tmp_path / 'data')
+    return tmp_path / 'data'
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+
+
+def command(*words, **more):
+    """Run a command in a process of its own, as a user types it."""
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, **more)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command's main(), which must end as bad input should: exit code 2 and one error line
+    with these words. Returns all of stderr.
+    """
+    def run(module, argv, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            preprocess.run_command(lambda: module.main([str(word) for word in argv]))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        line, = [line for line in err.splitlines() if 'error:' in line]
+        for word in words:
+            assert str(word) in line, line
+        return err
+    return run
 
 
 def changed(before, after):
     return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+# ------------------------------------------------------------------------------------------- sound
+
+def wav_bytes(payload, bits, rate=22050, channels=1, code=1):
+    block = channels * bits // 8
+    form = struct.pack('<4sIHHIIHH', b'fmt ', 16, code, channels, rate, rate * block, block, bits)
+    body = b'WAVE' + form + struct.pack('<4sI', b'data', len(payload)) + payload
+    return struct.pack('<4sI', b'RIFF', len(body)) + body
+
+
+@pytest.mark.parametrize('bits, code, step', [(8, 1, 2 ** -7), (16, 1, 2 ** -15), (24, 1, 2 ** -23),
+                                              (32, 1, 2 ** -23), (32, 3, 2 ** -23), (64, 3, 2 ** -23)])
+@pytest.mark.parametrize('channels, rate', [(1, 8000), (2, 44100), (6, 192000)])
+def test_every_wav_format_is_scaled_by_its_full_scale(tmp_path, bits, code, step, channels, rate):
+    rng = np.random.default_rng(0)
+    wave = np.concatenate([rng.uniform(-1, 1, (500, channels)), [[-1.0] * channels, [0.0] * channels]])
+    if code == 3:
+        payload = wave.astype(f'<f{bits // 8}').tobytes()
+    elif bits == 8:
+        payload = (np.round(wave * 127) + 128).clip(0, 255).astype(np.uint8)
+        payload[-2] = 0
+        payload = payload.tobytes()
+        wave[:-2] = np.round(wave[:-2] * 127) / 128
+    else:
+        full = 2 ** (bits - 1)
+        whole = np.round(wave * full).clip(-full, full - 1).astype('<i8')
+        payload = b''.join(int(x).to_bytes(bits // 8, 'little', signed=True) for x in whole.ravel())
+    (tmp_path / 'x.wav').write_bytes(wav_bytes(payload, bits, rate, channels, code))
+    waveform, sample_rate = preprocess.read_wav(tmp_path / 'x.wav')
+    assert sample_rate == rate and waveform.dtype == np.float32 and waveform.shape == (502,)
+    assert np.abs(waveform - wave.mean(axis=1)).max() <= step
+    assert waveform[-2] == -1 and waveform[-1] == 0
+
+
+def hz(mel):
+    """Slaney's scale, written out: 66.67 Hz a mel up to 15 mels = 1 kHz, then 27 mels for a factor of 6.4."""
+    return 200 / 3 * mel if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+
+
+def weight(band, k):
+    """The weight of FFT bin k in a mel band, by the formula of a triangle of area 1."""
+    top = 15 + 27 * math.log(11025 / 1000) / math.log(6.4)
+    low, centre, high = (hz(top * (band + i) / 129) for i in range(3))
+    f = k * 22050 / 2048
+    return max(0.0, min((f - low) / (centre - low), (high - f) / (high - centre))) * 2 / (high - low)
+
+
+def test_mel_filterbank_is_slaneys_by_formula():
+    filters = preprocess.mel_filterbank()
+    assert filters.shape == (128, 1025) and filters.dtype == np.float32
+    for band in (0, 1, 20, 43, 44, 90, 127):
+        np.testing.assert_allclose(filters[band], [weight(band, k) for k in range(1025)], rtol=1e-5, atol=1e-9)
+    # where a triangle spans many bins its sum times the bins' distance is its area
+    np.testing.assert_allclose(filters[110:].sum(axis=1) * 22050 / 2048, 1, rtol=1e-2)
+    assert preprocess.mel_filterbank(16000, 512, 40, 100, 4000).shape == (40, 257)
+
+
+@pytest.mark.parametrize('k, amplitude', [(37, 0.5), (200, 0.01), (700, 1.0)])
+def test_lms_of_a_tone_by_formula(k, amplitude):
+    """A sine in FFT bin k, under a Hann window: power (aN/4)^2 in bin k and (aN/8)^2 on either side."""
+    tone = amplitude * np.sin(2 * np.pi * k / 2048 * np.arange(11025)).astype(np.float32)
+    lms = preprocess.log_mel_spectrogram(tone, 22050)
+    assert lms.shape == (128, 22) and lms.dtype == np.float32
+    for band in range(128):
+        power = sum(weight(band, k + i) * (amplitude * 2048 / share) ** 2 for i, share in ((-1, 8), (0, 4), (1, 8)))
+        if power > 1e-6:
+            expected = 10 * math.log10(power)
+            np.testing.assert_allclose(lms[band, 3:18], expected, atol=2e-2)    # frames without reflection
+
+
+def test_lms_is_absolute_and_exactly_half_a_second():
+    rng = np.random.default_rng(1)
+    noise = rng.uniform(-0.5, 0.5, 30000).astype(np.float32)
+    lms = preprocess.log_mel_spectrogram
+    np.testing.assert_allclose(lms(noise / 10, 22050), lms(noise, 22050) - 20, atol=1e-3)
+    assert (lms(np.zeros(11025, np.float32), 22050) == -100).all()
+    np.testing.assert_array_equal(lms(noise, 22050), lms(noise[:11025], 22050))
+    np.testing.assert_array_equal(lms(noise[:5000], 22050), lms(np.pad(noise[:5000], (0, 6025)), 22050))
+    for rate in (8000, 44100, 48000, 192000):       # cut before or after resampling, it is the same
+        common = math.gcd(rate, 22050)
+        whole = signal.resample_poly(noise.astype(np.float64), 22050 // common, rate // common)
+        np.testing.assert_allclose(lms(noise, rate), lms(whole, 22050), atol=1e-2)
+
+
+def test_lms_does_not_depend_on_the_files_rate():
+    def tone(rate):
+        return (0.5 * np.sin(2 * np.pi * 1000 * np.arange(rate // 2) / rate)).astype(np.float32)
+    reference = preprocess.log_mel_spectrogram(tone(22050), 22050)
+    for rate in (44100, 48000, 96000, 192000):
+        lms = preprocess.log_mel_spectrogram(tone(rate), rate)
+        loud = reference[:, 3:18] > 0
+        np.testing.assert_allclose(lms[:, 3:18][loud], reference[:, 3:18][loud], atol=0.2)
+
+
+BAD_WAVS = {
+    'empty file': b'',
+    'not a WAV': b'hello, this is text' * 10,
+    'no samples': wav_bytes(b'', 16),
+    'header alone': wav_bytes(b'\0' * 100, 16)[:20],
+    'not finite': wav_bytes(np.full(100, np.nan, '<f4').tobytes(), 32, code=3),
+    'sample rate': wav_bytes(b'\0' * 100, 16, rate=1),
+    'a codec that is no PCM': wav_bytes(b'\0' * 100, 16, code=0x55),
+}
+
+
+@pytest.mark.parametrize('kind', BAD_WAVS)
+def test_bad_wav_is_named(tmp_path, kind):
+    path = tmp_path / 'bad.wav'
+    path.write_bytes(BAD_WAVS[kind])
+    with pytest.raises(InputError, match='bad.wav: '):
+        preprocess.read_wav(path)
+    with pytest.raises(InputError, match='none.wav: '):
+        preprocess.read_wav(tmp_path / 'none.wav')
+
+
+# ------------------------------------------------------------------------------- files and the cache
+
+def test_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same(tmp_path):
+    y, x = np.mgrid[:1080, :1920]
+    pixels = np.stack([x / 1920, y / 1080, (np.sin(x / 90) + np.sin(y / 70) + 2) / 4], axis=2)
+    full = Image.fromarray((pixels * 255).astype(np.uint8))
+    full.save(tmp_path / 'frame.jpg', quality=95)
+    small = preprocess.read_image(tmp_path / 'frame.jpg', 64)
+    assert small.shape == (64, 64, 3) and small.dtype == np.uint8
+    expected = np.asarray(full.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(small - expected).mean() < 1
+
+
+def rename(folder, old, new):
+    (folder / old).rename(folder / new)
+
+
+def test_both_layouts_and_any_class_names(data):
+    for split in ('train', 'validation'):
+        for part in ('chunk', 'img'):
+            for name in sorted(preprocess.DEMO_INSTRUMENTS)[2:]:
+                shutil.rmtree(data / part / split / name)
+            rename(data / part / split, 'cello', 'Zaunkönig')
+            rename(data / part / split, 'bassoon', 'diesel engine 4')
+    frame = next((data / 'img/train/Zaunkönig').iterdir())
+    Image.open(frame).save(frame.with_suffix('.PNG'))
+    frame.unlink()
+    (data / 'img/train/.DS_Store').write_bytes(b'x')
+    (data / 'img/train/Zaunkönig/notes.txt').write_bytes(b'x')
+    dataset = preprocess.open_dataset(data, 32)
+    assert dataset.classes == ['Zaunkönig', 'diesel engine 4'] and dataset.lms_channels == 1
+    assert (len(dataset.train), len(dataset.validation)) == (8, 4)
+
+    for split in ('train', 'validation'):           # as the authors' sample has it: LMS as RGB pictures
+        for path in sorted((data / 'chunk' / split).glob('*/*.wav')):
+            lms = preprocess.log_mel_spectrogram(*preprocess.read_wav(path))
+            pixels = ((lms.clip(-80, 40) + 80) * 2).astype(np.uint8)
+            Image.fromarray(pixels).convert('RGB').save(path.with_suffix('.png'))
+            path.unlink()
+    for old, new in (('chunk', 'spectram'), ('spectram/validation', 'spectram/test'),
+                     ('img', 'img_256'), ('img_256/validation', 'img_256/test')):
+        rename(data, old, new)
+    dataset = preprocess.open_dataset(data, 32)
+    lms, image, label = dataset.train.batch(range(3))
+    assert dataset.lms_channels == 3 and lms.shape == image.shape == (3, 3, 32, 32)
+    assert -1 <= lms.min() < lms.max() <= 1
+
+
+def test_batches_are_what_the_files_hold(demo, tmp_path):
+    dataset = preprocess.open_dataset(demo, 64, tmp_path)
+    split = dataset.train
+    assert dataset.classes == sorted(preprocess.DEMO_INSTRUMENTS) and len(split) == 52
+    lms, image, label = split.batch([5, 40])
+    assert lms.shape == (2, 1, 64, 64) and image.shape == (2, 3, 64, 64) and lms.dtype == image.dtype == torch.float32
+    assert label.dtype == torch.int64 and label.shape == (2,)
+    for row, index in enumerate([5, 40]):
+        name = f'{dataset.classes[label[row]]}/{split.stems[index]}'
+        frame = np.asarray(Image.open(demo / f'img/train/{name}.jpg')) / 127.5 - 1
+        np.testing.assert_allclose(image[row].permute(1, 2, 0), frame, atol=1e-6)
+        db = preprocess.log_mel_spectrogram(*preprocess.read_wav(demo / f'chunk/train/{name}.wav'))
+        expected = F.interpolate(torch.tensor((db + 80) / 60 - 1).clamp(-1, 1)[None, None], (64, 64), mode='bilinear')
+        np.testing.assert_allclose(lms[row], expected[0], atol=1e-3)        # float16 in the cache
+        assert split.stems[index].startswith(dataset.classes[label[row]])
+
+
+def test_an_epoch_covers_every_pair_once_in_the_seeds_order(demo, tmp_path):
+    split = preprocess.open_dataset(demo, 32, tmp_path).train
+    def epoch(seed):
+        return [image for _, image, _ in split.batches(10, seed=seed)]
+    sizes = [len(image) for image in epoch(1)]
+    assert sizes == [9, 9, 9, 9, 8, 8] and len(sizes) == split.count(10)
+    first, again, other, ordered = (torch.cat(epoch(seed)) for seed in (1, 1, 2, None))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    def rows(images):
+        return sorted(image.numpy().tobytes() for image in images)
+    assert rows(first) == rows(other) == rows(ordered) and torch.equal(ordered, split.batch(range(52))[1])
+
+
+def test_cache_is_made_once_and_notices_every_change(data, tmp_path, capsys):
+    def packs(size=32, folder=tmp_path / 'cache'):
+        preprocess.open_dataset(data, size, folder)
+        return 'packing' in capsys.readouterr().err
+    before = sorted(path.relative_to(data) for path in data.rglob('*'))
+    assert packs() and not packs()
+    assert packs(size=64) and not packs(size=64) and not packs(size=32)
+    wav = next((data / 'chunk/train/oboe').iterdir())
+    wav.write_bytes(wav.read_bytes() + b'\0\0')
+    assert packs() and not packs()
+    stamp = wav.stat().st_mtime_ns
+    os.utime(wav, ns=(stamp, stamp + 1000))
+    assert packs() and not packs()
+    for part in ('frames', 'lms', 'meta.json'):         # cut short, as by a full disk
+        path, = (tmp_path / 'cache').glob(f'data-32-*/{part}')
+        os.truncate(path, path.stat().st_size - 1)
+        assert packs() and not packs()
+    frame = next((data / 'img/train/oboe').iterdir())
+    frame.unlink()
+    assert packs() and not packs()
+    frame.write_bytes(next((data / 'img/train/oboe').iterdir()).read_bytes())
+    packs()
+    assert sorted(path.relative_to(data) for path in data.rglob('*')) == before      # nothing put there
+
+
+def test_lms_parameters_are_part_of_the_cache(data, tmp_path, capsys, monkeypatch):
+    preprocess.open_dataset(data, 32, tmp_path / 'cache')
+    monkeypatch.setattr(preprocess, 'CACHE_VERSION', preprocess.CACHE_VERSION + 1)
+    capsys.readouterr()
+    preprocess.open_dataset(data, 32, tmp_path / 'cache')
+    assert 'packing' in capsys.readouterr().err
+
+
+def test_a_killed_build_is_not_taken_for_whole(data, tmp_path):
+    """A build is killed with -9 half-way; what it left is not read, and is swept away by the next."""
+    code = ('import os, preprocess\n'
+            'preprocess.Progress.__call__ = lambda *_, **__: os.kill(os.getpid(), 9)\n'
+            f'preprocess.open_dataset({str(data)!r}, 32, {str(tmp_path / "cache")!r})')
+    assert command('-c', code, cwd=HERE).returncode == -9
+    assert list((tmp_path / 'cache').glob('*.building-*'))
+    assert len(preprocess.open_dataset(data, 32, tmp_path / 'cache').train) == 52
+    assert not list((tmp_path / 'cache').glob('*.building-*'))
+
+
+def test_bad_files_are_all_named_in_one_pass_and_left_out(data, tmp_path, capsys):
+    def some(part, name, nth=0, split='train'):
+        return sorted((data / part / split / name).iterdir())[nth]
+    truncated, text, empty = some('img', 'cello'), some('img', 'flute'), some('chunk', 'horn')
+    truncated.write_bytes(truncated.read_bytes()[:600])
+    text.write_text('not a picture')
+    empty.write_bytes(b'')
+    garbage, lonely_wav, lonely_jpg = some('chunk', 'oboe'), some('chunk', 'sax', 1), some('img', 'tuba', 2)
+    garbage.write_bytes(os.urandom(2000))
+    both = some('img', 'oboe')                              # the frame of the same pair
+    both.write_bytes(b'\xff\xd8\xff')
+    some('img', 'sax', 1).unlink()
+    some('chunk', 'tuba', 2).unlink()
+    folder, link = some('img', 'viola'), some('chunk', 'violin')
+    folder.unlink(), folder.mkdir()
+    link.unlink(), link.symlink_to(tmp_path / 'nowhere.wav')
+    twin = some('img', 'trumpet').with_suffix('.png')
+    Image.new('RGB', (64, 64)).save(twin)
+
+    dataset = preprocess.open_dataset(data, 32, tmp_path / 'cache')
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('left out:')]
+    for path in (truncated, text, empty, garbage, both, lonely_wav, lonely_jpg, folder, link, twin):
+        line, = [line for line in lines if f' {path}: ' in line]
+        assert len(line.split(f'{path}: ')[1]) > 5          # a reason
+    assert len(lines) == 10 and len(dataset.train) == 52 - 8
+    preprocess.open_dataset(data, 32, tmp_path / 'cache')   # named again when the cache is reused
+    assert capsys.readouterr().err.count('left out:') == 10
+    with pytest.raises(InputError, match='10 problems'):
+        preprocess.open_dataset(data, 32, tmp_path / 'cache', strict=True)
+
+
+def test_classes_in_one_split_only(data, capsys):
+    for part in ('chunk', 'img'):
+        shutil.rmtree(data / part / 'validation/tuba')
+    dataset = preprocess.open_dataset(data, 32)
+    assert 'class tuba has no pair in validation' in capsys.readouterr().err
+    assert len(dataset.classes) == 13 and len(dataset.train) == 52 and len(dataset.validation) == 24
+    for part in ('chunk', 'img'):
+        shutil.rmtree(data / part / 'train/oboe')
+    with pytest.raises(InputError, match='no good pair in train of class oboe'):
+        preprocess.open_dataset(data, 32)
+
+
+def test_commands_refuse_bad_data_with_one_line(data, tmp_path, refused):
+    for wav in (data / 'chunk/train/horn').iterdir():
+        wav.write_bytes(b'')
+    done = command(HERE / 'preprocess.py', '--data', data)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    err = refused(preprocess, ['--data', data], data, 'no good pair in train of class horn')
+    assert err.count('left out:') == 4
+    shutil.rmtree(data / 'chunk/validation')
+    refused(preprocess, ['--data', data], 'chunk', 'validation or test')
+    refused(preprocess, ['--data', tmp_path / 'nothing'], 'nothing', 'chunk or spectram')
+
+
+def test_strict_stops_at_any_bad_file(data, capsys, refused):
+    next((data / 'img/train/horn').iterdir()).write_bytes(b'')
+    refused(preprocess, ['--data', data, '--strict', '--size', 32], data, '1 problems')
+    preprocess.main(['--data', str(data), '--size', '32', '--workers', '1'])
+    assert any(line.split() == ['horn', '3', '2'] for line in capsys.readouterr().out.splitlines())
+
+
+# --------------------------------------------------------------------------------------- demo data
+
+def test_demo_data_is_deterministic_and_whole(demo, tmp_path, refused):
+    done = command(HERE / 'preprocess.py', '--demo', tmp_path / 'full', '--size', 64)
+    assert done.returncode == 0 and '676 of 676' in done.stderr
+    assert sum(1 for _ in (tmp_path / 'full').rglob('*.wav')) == 676
+    preprocess.write_demo(tmp_path / 'again', train=4, validation=2, size=64)
+    files = sorted(path.relative_to(demo) for path in demo.rglob('*.*'))
+    assert len(files) == 2 * 78
+    for file in files:
+        assert (demo / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
+        assert (demo / file).read_bytes() == (tmp_path / 'full' / file).read_bytes()
+    preprocess.write_demo(tmp_path / 'other', train=1, validation=1, size=64, seed=1)
+    file = next(tmp_path.glob('other/chunk/train/tuba/*'))
+    assert file.read_bytes() != (demo / file.relative_to(tmp_path / 'other')).read_bytes()
+    refused(preprocess, ['--demo', tmp_path / 'full'], 'full', 'exists already')
+
+
+def test_demo_sound_shows_in_the_picture():
+    player = preprocess.demo_player(np.random.default_rng(0))
+    def draw(instrument, pitch, loudness, size=64):
+        note = preprocess.Note(0, 0.6, pitch, loudness)
+        return np.asarray(preprocess.demo_picture(instrument, player, note, 0, size)).astype(int)
+    pictures = []
+    for instrument in preprocess.DEMO_INSTRUMENTS.values():
+        low, high = instrument.register
+        soft, loud, up, silent = (draw(instrument, *note) for note in
+                                  ((low, 0.1), (low, 1.0), (high, 0.1), (low, 0.0)))
+        for other in (loud, up, silent):                # of 4096 pixels these change clearly
+            assert (np.abs(other - soft).max(axis=2) > 40).sum() > 20
+        pictures.append(soft)
+    for i, one in enumerate(pictures):                  # and no two instruments look alike
+        for other in pictures[:i]:
+            assert (np.abs(one - other).max(axis=2) > 40).sum() > 100
+    assert draw(instrument, 60, 0.5, 256).shape == (256, 256, 3)
+
+
+def test_demo_sounds_have_their_pitch_and_their_rests():
+    for name in ('flute', 'cello', 'tuba'):
+        instrument = preprocess.DEMO_INSTRUMENTS[name]
+        pitch = sum(instrument.register) // 2
+        wave = preprocess.demo_sound(instrument, [preprocess.Note(0, 0.6, pitch, 0.8)], 0, np.random.default_rng(0))
+        power = np.abs(np.fft.rfft(wave * np.hanning(len(wave)))) ** 2
+        order = np.fft.rfftfreq(len(wave), 1 / 44100) / (440 * 2 ** ((pitch - 69) / 12))
+        assert wave.shape == (22050,) and power[np.abs(order - 1) < 0.04].sum() > 1e-3 * power.sum()
+        harmonic = (np.abs(order / order.round().clip(1) - 1) < 0.04) & (order < 20)
+        assert power[harmonic].sum() > 0.9 * power.sum()
+    rest = preprocess.demo_sound(instrument, [preprocess.Note(0, 0.6, pitch, 0.0)], 0, np.random.default_rng(0))
+    assert 20 * math.log10(np.sqrt((rest ** 2).mean())) == pytest.approx(-70, abs=1)
+    clips = [preprocess.demo_pair('oboe', 'train', 1, bar * 0.6, size=32)[0] for bar in range(60)]
+    silent = sum(np.abs(clip).max() < 0.005 for clip in clips)
+    assert 1 <= silent <= 15
 
 
 # ---------------------------------------------------------------------------------------- networks
