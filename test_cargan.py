@@ -1,5 +1,7 @@
 """The tests: python -m pytest. On a CPU, without network and without any data but the demo's."""
 import copy
+import csv
+import json
 import math
 import os
 import shutil
@@ -18,10 +20,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cargan
+import evaluate
 import preprocess
+import train
 from preprocess import InputError
 
 HERE = Path(__file__).parent
+SMALL = '--size 32 --base 8 --disc-base 8 --batch-size 13 --init-std 0.02 --no-pretrained --classifier-epochs 1'.split()
 
 
 @pytest.fixture(scope='session')
@@ -37,6 +42,15 @@ def data(demo, tmp_path):
     """A copy of the demo dataset to be spoilt."""
     shutil.copytree(demo, tmp_path / 'data')
     return tmp_path / 'data'
+
+
+@pytest.fixture(scope='session')
+def trained(demo, tmp_path_factory):
+    """A run of two epochs, and the cache it used."""
+    folder = tmp_path_factory.mktemp('trained')
+    train.main(['--data', str(demo), '--cache', str(folder / 'cache'), '--out', str(folder / 'runs/small'),
+                '--epochs', '2', '--sample-every', '1', '--workers', '2', '--strict', '--device', 'cpu', *SMALL])
+    return folder / 'runs/small', folder / 'cache'
 
 
 @pytest.fixture(autouse=True)
@@ -355,10 +369,11 @@ def test_classes_in_one_split_only(data, capsys):
 def test_commands_refuse_bad_data_with_one_line(data, tmp_path, refused):
     for wav in (data / 'chunk/train/horn').iterdir():
         wav.write_bytes(b'')
-    done = command(HERE / 'preprocess.py', '--data', data)
+    flags = ['--data', data, '--out', tmp_path / 'run', *SMALL]
+    done = command(HERE / 'train.py', *flags)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    err = refused(preprocess, ['--data', data], data, 'no good pair in train of class horn')
-    assert err.count('left out:') == 4
+    err = refused(train, flags, data, 'no good pair in train of class horn')
+    assert err.count('left out:') == 4 and not (tmp_path / 'run').exists()
     shutil.rmtree(data / 'chunk/validation')
     refused(preprocess, ['--data', data], 'chunk', 'validation or test')
     refused(preprocess, ['--data', tmp_path / 'nothing'], 'nothing', 'chunk or spectram')
@@ -636,3 +651,358 @@ def test_l1_and_eq_6():
     assert cargan.l1_loss(image, image + 0.25, image - 0.5).item() == pytest.approx(0.75)
     assert cargan.objective(2.0, 3.0, 0.5) == pytest.approx(2 + 3 + 50)
     assert cargan.objective(2.0, 3.0, 0.5, 0.5, 2, 10) == pytest.approx(1 + 6 + 5)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+def trainer(*flags):
+    args = train.make_parser().parse_args([*SMALL, *flags])
+    return train.Trainer(args, 5, 1, None, torch.device('cpu'))
+
+
+def batch(n=4, size=32):
+    torch.manual_seed(1)
+    return torch.rand(n, 1, size, size) * 2 - 1, torch.rand(n, 3, size, size) * 2 - 1, torch.arange(n) % 5
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize('moving', ['G', 'D'])
+def test_each_step_moves_its_own_weights_alone(moving):
+    """With the other optimiser's rate at 0, a step of both shows what one of them moves."""
+    ours = trainer()
+    still = ours.D_optimizer if moving == 'G' else ours.G_optimizer
+    still.param_groups[0]['lr'] = 0.0
+    C = ours.model.residue.classifier
+    before = {name: weights(module) for name, module in (('G1', ours.model.G1), ('G2', ours.model.G2), ('D', ours.D))}
+    state_of_C = copy.deepcopy(C.state_dict())
+    for _ in range(2):          # attention's projections have no gradient until their scale has left 0
+        ours.step(*batch())
+    moved = {name: len(changed(before[name], weights(module))) for name, module in
+             (('G1', ours.model.G1), ('G2', ours.model.G2), ('D', ours.D))}
+    everything = {name: len(before[name]) for name in before}
+    assert moved == ({**everything, 'D': 0} if moving == 'G' else {'G1': 0, 'G2': 0, 'D': everything['D']})
+    assert not changed(state_of_C, C.state_dict()) and all(p.grad is None for p in C.parameters())
+    assert not C.training and ours.model.G1.training
+
+
+def test_a_step_is_the_papers_by_hand():
+    """The gradients that Trainer.step leaves, against those of the equations written out."""
+    ours = trainer('--dropout', '0', '--stage-weights', '0.3', '0.7', '--lambda-c', '2', '--lambda-gan', '3',
+                   '--lambda-l1', '50')
+    for optimizer in (ours.G_optimizer, ours.D_optimizer):
+        optimizer.param_groups[0]['lr'] = 0.0
+    other = copy.deepcopy((ours.model, ours.D))
+    lms, image, label = batch()
+    losses = ours.step(lms, image, label)
+    model, D = other
+    coarse, fine, logits = model(lms, label)
+    L_C = 0.3 * F.cross_entropy(logits, label) + 0.7 * F.cross_entropy(model.residue.classifier(fine), label)
+    def log_D(x, sign):
+        return F.logsigmoid(sign * D(torch.cat([lms, x], 1))).mean()
+    L_cGAN = -log_D(coarse, 1) - log_D(fine, 1)
+    L_L1 = (image - coarse).abs().mean() + (image - fine).abs().mean()
+    grads = torch.autograd.grad(2 * L_C + 3 * L_cGAN + 50 * L_L1, [*model.G1.parameters(), *model.G2.parameters()])
+    left = [p.grad for p in [*ours.model.G1.parameters(), *ours.model.G2.parameters()]]
+    torch.testing.assert_close(left, list(grads), rtol=1e-3, atol=1e-5)
+    coarse, fine = coarse.detach(), fine.detach()
+    L_D = -2 * log_D(image, 1) - log_D(coarse, -1) - log_D(fine, -1)
+    grads = torch.autograd.grad(3 * L_D, list(D.parameters()))
+    torch.testing.assert_close([p.grad for p in ours.D.parameters()], list(grads), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses, torch.stack([L_C, L_cGAN, L_L1, L_D]).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', 'ABCD')
+def test_ablations_train(variant):
+    ours = trainer('--variant', variant)
+    before = weights(ours.model)
+    losses = [ours.step(*batch()) for _ in range(3)]
+    assert torch.stack(losses).isfinite().all()
+    moved = {name.split('.')[0] for name in changed(before, weights(ours.model))}
+    assert moved == ({'G1'} if variant == 'D' else {'G1', 'G2'})
+    assert ours.lambdas == (0 if variant == 'B' else 1, 1, 100)
+    assert variant != 'A' or not any(isinstance(module, cargan.SelfAttention) for module in ours.D.modules())
+
+
+def test_seed_and_betas_are_flags():
+    first, again, other = (trainer('--seed', seed, '--betas', '0.5', '0.9') for seed in ('3', '3', '4'))
+    assert not changed(weights(first.model), weights(again.model)) and changed(weights(first.D), weights(other.D))
+    assert tuple(first.G_optimizer.param_groups[0]['betas']) == (0.5, 0.9)
+
+
+def test_saturating_form_is_a_flag():
+    assert trainer().step(*batch())[1] > 0 > trainer('--saturating').step(*batch())[1]
+
+
+def test_training_learns():
+    """Twenty steps on one batch of plain colours bring both stages nearer to the truth."""
+    ours, (lms, _, label) = trainer('--lr', '0.002'), batch(8)
+    colours = torch.linspace(-0.8, 0.8, 15).view(5, 3)[label][:, :, None, None].expand(-1, -1, 32, 32)
+    first, *_, last = [ours.step(lms, colours, label)[2].item() for _ in range(20)]
+    assert last < 0.6 * first
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_data_parallel_takes_the_same_step():
+    args = train.make_parser().parse_args([*SMALL, '--dropout', '0'])
+    losses = []
+    for gpus in ([0], [0, 1]):
+        ours = train.Trainer(args, 5, 1, None, torch.device('cuda:0'), gpus)
+        ours.model.eval(), ours.D.eval()            # BatchNorm sees each GPU's part alone
+        losses.append(ours.step(*(x.cuda() for x in batch(7))))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+def test_a_split_batch_adds_up():
+    """What DataParallel gathers: the parts' terms, each times its size, make the whole batch's mean."""
+    ours = trainer('--dropout', '0')
+    ours.model.eval(), ours.D.eval()
+    lms, image, label = batch(7)
+    _, whole = ours.G_step(lms, image, label)
+    parts = [ours.G_step(lms[part], image[part], label[part])[1] for part in (slice(0, 4), slice(4, 7))]
+    torch.testing.assert_close(torch.cat(parts).sum(dim=0) / 7, whole[0] / 7, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_step_on_the_gpu_is_that_of_the_cpu():
+    args = train.make_parser().parse_args([*SMALL, '--dropout', '0'])
+    steps = []
+    for device in ('cpu', 'cuda'):
+        ours = train.Trainer(args, 5, 1, None, torch.device(device))
+        steps.append(ours.step(*(x.to(device) for x in batch())).cpu())
+    torch.testing.assert_close(*steps, rtol=1e-2, atol=1e-2)
+
+
+def test_defaults_are_the_papers_numbers():
+    args = train.parse_args(['--data', 'Sub-URMP'])
+    assert (args.size, args.base, args.disc_base, args.batch_size, args.epochs) == (256, 64, 64, 64, 200)
+    assert (args.lr, args.betas, args.init_std) == (0.0008, [0.9, 0.999], 0.2)
+    assert (args.lambda_c, args.lambda_gan, args.lambda_l1, args.stage_weights) == (1, 1, 100, [0.5, 0.5])
+    assert (args.variant, args.pretrained, args.saturating, args.dropout) == ('E', True, False, 0.5)
+    assert args.classifier_accuracy == 0.9956
+    ours = trainer()
+    for optimizer in (ours.G_optimizer, ours.D_optimizer):
+        assert type(optimizer) is torch.optim.Adam
+        assert optimizer.param_groups[0]['lr'] == 0.0008 and tuple(optimizer.param_groups[0]['betas']) == (0.9, 0.999)
+
+
+def test_demo_preset_says_what_it_changes_and_yields_to_flags(capsys):
+    args = train.parse_args(['--epochs', '3', '--size', '32'])
+    out = capsys.readouterr().out
+    assert (args.epochs, args.size, args.base) == (3, 32, train.DEMO_PRESET['base'])
+    for words in ('--epochs 3 (200)', '--size 32 (256)', '--base 32 (64)', '--betas 0.5 0.999 (0.9 0.999)',
+                  '--no-pretrained', 'python train.py --data Sub-URMP'):
+        assert words in out
+
+
+def states(run):
+    return torch.load(run / 'checkpoint.pt', weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(trained, demo, tmp_path):
+    run, cache = trained
+    half = tmp_path / 'half'
+    train.main(['--data', str(demo), '--cache', str(cache), '--out', str(half), '--epochs', '1',
+                '--device', 'cpu', *SMALL])
+    assert states(half)['epoch'] == 1 and not same(states(half)['model'], states(run)['model'])
+    with open(half / 'log.csv', 'a') as file:
+        file.write('5,2,1,1,1,1\n6,2,0.5')           # a step after the checkpoint, and half a line
+    (half / 'checkpoint.pt.part').write_bytes(b'half a checkpoint')
+    train.main(['--resume', str(half), '--epochs', '2', '--device', 'cpu'])
+    assert same(states(half), states(run))
+    assert (half / 'log.csv').read_text() == (run / 'log.csv').read_text()
+    assert json.loads((half / 'metrics.json').read_text()) == json.loads((run / 'metrics.json').read_text())
+
+
+def test_a_run_is_one_folder(trained):
+    run, _ = trained
+    assert {path.name for path in run.iterdir()} == {'config.json', 'classifier.pt', 'checkpoint.pt', 'log.csv',
+                                                     'samples', 'metrics.json', 'grid.png'}
+    rows = list(csv.reader(open(run / 'log.csv')))
+    assert rows[0] == ['step', 'epoch', 'L_C', 'L_cGAN', 'L_L1', 'L_D']
+    assert [row[:2] for row in rows[1:]] == [[str(step), str((step + 3) // 4)] for step in range(1, 9)]
+    assert all(math.isfinite(float(value)) for row in rows[1:] for value in row)
+    assert sorted(path.name for path in (run / 'samples').iterdir()) == ['epoch-0001.png', 'epoch-0002.png']
+    config = json.loads((run / 'config.json').read_text())
+    assert config['size'] == 32 and config['classes'] == sorted(preprocess.DEMO_INSTRUMENTS)
+    width, height = Image.open(run / 'grid.png').size
+    assert width > 4 * 128 and height > 13 * 128
+    classifier = torch.load(run / 'classifier.pt', weights_only=True)
+    trained_C = {name.removeprefix('residue.classifier.'): value for name, value in states(run)['model'].items()
+                 if 'classifier' in name}
+    assert same(classifier['classifier'], trained_C)        # C was frozen throughout
+
+
+def test_the_classifier_is_reused_and_checked(trained, demo, data, tmp_path, capsys):
+    run, cache = trained
+    flags = ['--data', str(demo), '--cache', str(cache), '--classifier', str(run / 'classifier.pt'),
+             '--epochs', '1', '--device', 'cpu', *SMALL]
+    train.main([*flags, '--out', str(tmp_path / 'other'), '--variant', 'D'])
+    out = capsys.readouterr().out
+    assert 'classifier.pt, accuracy' in out and 'classifier epoch' not in out
+    assert same(*(torch.load(folder / 'classifier.pt', weights_only=True) for folder in (run, tmp_path / 'other')))
+    for part in ('chunk', 'img'):
+        for split in ('train', 'validation'):
+            rename(data / part / split, 'tuba', 'tube')
+    with pytest.raises(InputError, match='a classifier of other classes'):
+        train.main([*flags, '--data', str(data), '--out', str(tmp_path / 'third')])
+
+
+def test_the_classifier_stops_when_it_is_good_enough(demo, tmp_path, capsys):
+    dataset = preprocess.open_dataset(demo, 32, tmp_path)
+    args = train.make_parser().parse_args([*SMALL, '--classifier-epochs', '4', '--classifier-accuracy', '0.01',
+                                           '--classifier-lr', '0.001'])
+    classifier = train.new_classifier(args, 13)
+    best = train.train_classifier(classifier, dataset, args, torch.device('cpu'), [])
+    out = capsys.readouterr().out
+    assert f'0.01 reached in epoch {best["epoch"]}' in out and out.count('loss') == best['epoch']
+    assert best['accuracy'] == evaluate.measure_accuracy(classifier.eval(), dataset.validation)
+    args.classifier_epochs, args.classifier_accuracy = 1, 1.1
+    train.train_classifier(classifier, dataset, args, torch.device('cpu'), [])
+    assert 'stopped by --classifier-epochs 1' in capsys.readouterr().out
+
+
+def test_imagenet_weights(demo, tmp_path, refused, monkeypatch):
+    """A path given by hand is used; without network, path or --no-pretrained one line says what to do."""
+    source = cargan.Classifier(1000, pretrained=False).resnet
+    torch.save(source.state_dict(), tmp_path / 'resnet50.pth')
+    classifier = cargan.Classifier(13, pretrained=str(tmp_path / 'resnet50.pth'))
+    assert torch.equal(classifier.resnet.layer4[2].conv3.weight, source.layer4[2].conv3.weight)
+    assert classifier.resnet.fc.out_features == 13
+    for name in ('https_proxy', 'HTTPS_PROXY'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')          # nothing listens there
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+    flags = ['--data', demo, '--size', 32, '--out', tmp_path / 'run', '--device', 'cpu']
+    refused(train, flags, 'ImageNet weights', '--classifier-weights PATH', '--no-pretrained')
+    torch.save({'a': torch.zeros(1)}, tmp_path / 'wrong.pth')
+    refused(train, [*flags, '--classifier-weights', tmp_path / 'wrong.pth'], 'wrong.pth', '--no-pretrained')
+
+
+def test_wrong_use_is_one_line(trained, demo, tmp_path, refused, capsys):
+    run, cache = trained
+    refused(train, ['--data', demo, '--cache', cache, '--out', run, *SMALL], run, '--resume')
+    refused(train, ['--resume', run, '--base', 16, '--epochs', 3], '--base 16', '8')
+    refused(train, ['--resume', tmp_path], tmp_path, 'not a run')
+    refused(train, ['--data', demo, '--gpus', '97'], '--gpus 97')
+    refused(train, ['--data', demo, '--gpus', 'all'], '--gpus all')
+    refused(train, ['--data', demo, '--device', 'gpu'], '--device gpu')
+    for flags in (['--size', '100'], ['--batch-size', '0'], ['--lr', '-1'], ['--variant', 'F'], ['--epochs', 'x'],
+                  ['--dropout', '1']):
+        refused(train, flags, *flags)
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--help'])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and 'python train.py --data Sub-URMP' in out and '--lambda-l1' in out
+
+
+def test_benchmark(capsys):
+    train.main(['--benchmark', '1', '--size', '32', '--base', '8', '--batch-size', '2', '--device', 'cpu'])
+    out = capsys.readouterr().out
+    assert 'images/s' in out and 'peak memory' in out
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+def test_measure_by_hand(trained):
+    run, cache = trained
+    config, model = evaluate.load_run(run)
+    dataset = evaluate.open_run_data(config, cache=cache)
+    figures = evaluate.measure(model, dataset.validation, batch_size=7)
+    lms, image, label = dataset.validation.batch(range(26))
+    with torch.no_grad():
+        coarse, fine, _ = model(lms, label)
+        for key, x in (('coarse', coarse), ('fine', fine), ('real', image)):
+            right = sum(int(model.residue.classifier(x[i:i + 1]).argmax()) == int(label[i]) for i in range(26))
+            assert figures[key]['accuracy'] == pytest.approx(right / 26)
+            if key != 'real':
+                assert figures[key]['l1'] == pytest.approx((x - image).abs().mean().item(), rel=1e-4)
+    assert set(figures['real']) == {'accuracy'}
+
+
+def test_evaluate_command_repeats_what_train_found(trained):
+    run, cache = trained
+    before = json.loads((run / 'metrics.json').read_text())
+    assert before.keys() == {'train', 'validation'}
+    for split in before.values():
+        assert split.keys() == {'coarse', 'fine', 'real'} and split['fine'].keys() == {'accuracy', 'l1'}
+    (run / 'metrics.json').unlink(), (run / 'grid.png').unlink()
+    # the newest run below runs/
+    done = command(HERE / 'evaluate.py', '--device', 'cpu', '--batch-size', '13', cwd=run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    after = json.loads((run / 'metrics.json').read_text())
+    for split in before:
+        for key in before[split]:
+            assert after[split][key] == pytest.approx(before[split][key], rel=1e-5)
+    for words in ("I'' fine", 'real frames', '0.9954', '0.9033', f'{after["validation"]["fine"]["l1"]:.4f}',
+                  'grid.png'):
+        assert words in done.stdout
+    assert (run / 'grid.png').exists()
+
+
+def test_evaluate_refuses_data_of_other_classes(trained, data, refused):
+    run, _ = trained
+    for part in ('chunk', 'img'):
+        for split in ('train', 'validation'):
+            rename(data / part / split, 'tuba', 'tube')
+    refused(evaluate, [run, '--data', data, '--workers', '1', '--cache', data.parent / 'c', '--device', 'cpu'], data)
+
+
+def test_grid_shows_the_pictures_in_their_place(tmp_path):
+    red, half = torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 32, 32), torch.zeros(3, 32, 32)
+    evaluate.draw_grid([('one', [evaluate.picture(red), evaluate.picture(half)])], ['a', 'b'], tmp_path / 'grid.png')
+    sheet = np.asarray(Image.open(tmp_path / 'grid.png').convert('RGB'))
+    assert tuple(sheet[28 + 64, 130 + 64]) == (255, 0, 0) and tuple(sheet[28 + 64, 130 + 132 + 64]) == (128, 128, 128)
+    assert (sheet[:28] < 128).any() and (sheet[28:, :120] < 128).any()       # titles and name
+    lms = torch.full((1, 32, 32), -1.0)
+    lms[:, :16] = 1                                                          # loud low bands
+    drawn = np.asarray(evaluate.lms_picture(lms)).astype(int).sum(axis=2)
+    assert (drawn[16:] > 600).all() and (drawn[:16] < 30).all()              # bright at the bottom
+
+
+class Harm:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_checkpoints_cannot_run_code_and_broken_ones_are_named(trained, tmp_path, refused, monkeypatch):
+    run, _ = trained
+    for folder in ('code', 'cut', 'other', 'none'):
+        (tmp_path / folder).mkdir()
+        shutil.copy(run / 'config.json', tmp_path / folder)
+    torch.save({'model': Harm(str(tmp_path / 'harm'))}, tmp_path / 'code/checkpoint.pt')
+    (tmp_path / 'cut/checkpoint.pt').write_bytes((run / 'checkpoint.pt').read_bytes()[:5000])
+    torch.save({'model': {'a': torch.zeros(1)}}, tmp_path / 'other/checkpoint.pt')
+    for folder in ('code', 'cut', 'other', 'none'):
+        refused(evaluate, [tmp_path / folder, '--device', 'cpu'], tmp_path / folder / 'checkpoint.pt')
+    assert not (tmp_path / 'harm').exists()
+    refused(evaluate, [tmp_path], tmp_path, 'not a run')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    refused(evaluate, [], 'no run', 'python train.py')
+
+
+# ------------------------------------------------------------------------ the whole, as a newcomer
+
+def test_train_without_data_makes_the_demo_and_ends_with_a_table(tmp_path):
+    done = command(HERE / 'train.py', '--size', '32', '--base', '8', '--batch-size', '52', '--epochs', '1',
+                   '--classifier-epochs', '1', '--device', 'cpu', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ('built-in demo data', '520 pairs in train, 156 in validation', 'epoch 1/1', "I'' fine",
+                  'metrics.json'):
+        assert words in done.stdout
+    assert len(list((tmp_path / 'runs').glob('demo-E-*/samples/epoch-0001.png'))) == 1
