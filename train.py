@@ -26,8 +26,8 @@ from evaluate import (choose_device, evaluate_run, example_clips, load_config, l
 from preprocess import InputError, Progress, default_cache, demo_data, open_dataset, reason, run_command, written_whole
 
 # What `python train.py` without --data changes: small enough for two CPU cores and ten minutes.
-DEMO_PRESET = dict(size=64, base=32, disc_base=16, batch_size=8, epochs=7, lr=4e-4, betas=[0.5, 0.999], init_std=0.02,
-                   sample_every=2, pretrained=False, classifier_epochs=5)
+DEMO_PRESET = dict(size=64, base=32, disc_base=16, batch_size=8, epochs=8, lr=4e-4, betas=[0.5, 0.999], init_std=0.02,
+                   sample_every=2, pretrained=False, classifier_epochs=4)
 LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), L1, D's side of Eq. (5)
 
 
