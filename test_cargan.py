@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import signal
+from scipy import linalg, signal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,6 +23,7 @@ import cargan
 import evaluate
 import preprocess
 import train
+from evaluate import InceptionV3, Moments, frechet_distance, inception, inception_score
 from preprocess import InputError
 
 HERE = Path(__file__).parent
@@ -81,6 +82,24 @@ def refused(capsys):
             assert str(word) in line, line
         return err
     return run
+
+
+class Harm:
+    """What would make a folder if its pickle were read without weights_only."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """An empty download cache, and a proxy where nothing listens."""
+    for name in ('https_proxy', 'HTTPS_PROXY'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
 
 
 def changed(before, after):
@@ -874,16 +893,13 @@ def test_the_classifier_stops_when_it_is_good_enough(demo, tmp_path, capsys):
     assert 'stopped by --classifier-epochs 1' in capsys.readouterr().out
 
 
-def test_imagenet_weights(demo, tmp_path, refused, monkeypatch):
+def test_imagenet_weights(demo, tmp_path, refused, no_network):
     """A path given by hand is used; without network, path or --no-pretrained one line says what to do."""
     source = cargan.Classifier(1000, pretrained=False).resnet
     torch.save(source.state_dict(), tmp_path / 'resnet50.pth')
     classifier = cargan.Classifier(13, pretrained=str(tmp_path / 'resnet50.pth'))
     assert torch.equal(classifier.resnet.layer4[2].conv3.weight, source.layer4[2].conv3.weight)
     assert classifier.resnet.fc.out_features == 13
-    for name in ('https_proxy', 'HTTPS_PROXY'):
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')          # nothing listens there
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
     flags = ['--data', demo, '--size', 32, '--out', tmp_path / 'run', '--device', 'cpu']
     refused(train, flags, 'ImageNet weights', '--classifier-weights PATH', '--no-pretrained')
     torch.save({'a': torch.zeros(1)}, tmp_path / 'wrong.pth')
@@ -913,6 +929,255 @@ def test_benchmark(capsys):
     assert 'images/s' in out and 'peak memory' in out
 
 
+# ----------------------------------------------------------------------------- FID's Inception
+
+def fill(network):
+    """Reproducible weights that keep the activations near 1; NumPy's old generator never changes."""
+    numbers = np.random.RandomState(0)
+    state = network.state_dict()
+    for name, value in state.items():
+        if name.endswith('num_batches_tracked'):
+            continue
+        noise = torch.from_numpy(numbers.standard_normal(value.shape).astype(np.float32))
+        if value.ndim > 1:
+            value.copy_(noise * (2 / value[0].numel()) ** 0.5)
+        else:
+            value.copy_(noise * 0.1 + name.endswith(('bn.weight', 'running_var')))
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
+
+
+def pictures(size, count=1):
+    return torch.from_numpy(np.random.RandomState(1).uniform(0, 1, (count, 3, size, size)).astype(np.float32))
+
+
+@pytest.fixture(scope='session')
+def network():
+    """FID's Inception with weights by lot."""
+    return fill(InceptionV3())
+
+
+def test_names_and_shapes_are_those_of_the_fid_weights(network):
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert len(shapes) == 566                       # 94 convolutions with 6 entries each, fc with 2
+    assert sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(('weight', 'bias'))) == 23850960
+    expected = {'Conv2d_1a_3x3.conv.weight': (32, 3, 3, 3), 'Conv2d_4a_3x3.bn.running_var': (192,),
+                'Mixed_5b.branch1x1.conv.weight': (64, 192, 1, 1), 'Mixed_5d.branch_pool.conv.weight': (64, 288, 1, 1),
+                'Mixed_6a.branch3x3.conv.weight': (384, 288, 3, 3),
+                'Mixed_6c.branch7x7_2.conv.weight': (160, 160, 1, 7),
+                'Mixed_6e.branch7x7dbl_4.conv.weight': (192, 192, 7, 1),
+                'Mixed_7a.branch7x7x3_4.conv.weight': (192, 192, 3, 3),
+                'Mixed_7b.branch3x3dbl_3b.conv.weight': (384, 384, 3, 1), 'Mixed_7c.branch3x3_2a.bn.bias': (384,),
+                'Mixed_7c.branch_pool.conv.weight': (192, 2048, 1, 1), 'fc.weight': (1008, 2048), 'fc.bias': (1008,)}
+    assert {name: shapes[name] for name in expected} == expected
+    assert {m.eps for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.001}
+
+
+GOLDEN = {
+    64: [0.31487, 0.416104, 1.04752, 0.0847179, 0.0365558, 0.0117877, 0.0836658, 0,
+         -0.712324, -1.45251, -0.202041, 1.28359],
+    299: [0.450484, 0.586331, 1.59732, 0.1494, 0.0379128, 0.0219257, 0.103194, 0,
+          -0.743717, -1.78469, -0.0811616, 1.75713]}
+
+
+@pytest.mark.parametrize('size', [64, 299])
+def test_the_figures_are_those_of_pytorch_fid(network, size):
+    """GOLDEN is what pytorch-fid 0.3.0 makes of the same weights and pictures, features and logits."""
+    features, logits = network(pictures(size))
+    assert features.shape == (1, 2048) and logits.shape == (1, 1008)
+    got = [features.mean(), features.std(), *features[0, ::400], *logits[0, ::300]]
+    np.testing.assert_allclose(got, GOLDEN[size], rtol=1e-3, atol=1e-4)
+
+
+def test_inceptions_pools(network):
+    """What enters each branch_pool: averages that do not count the padding, the maximum in Mixed_7c."""
+    seen, hooks = {}, []
+    for name, block in network.named_children():
+        if hasattr(block, 'branch_pool'):
+            hooks += [block.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]})),
+                      block.branch_pool.register_forward_pre_hook(
+                          lambda _, x, name=name: seen.update({name + ' pooled': x[0]}))]
+    network(pictures(64))
+    for hook in hooks:
+        hook.remove()
+    names = [name for name in seen if 'pooled' not in name]
+    assert names == [f'Mixed_{block}' for block in '5b 5c 5d 6b 6c 6d 6e 7b 7c'.split()]
+    assert [seen[name].shape[2] for name in names] == [35] * 3 + [17] * 4 + [8] * 2
+    for name in names:
+        x = seen[name]
+        windows = F.pad(x, (1, 1, 1, 1), value=math.nan).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+        expected = windows.nan_to_num(-math.inf).amax(dim=4) if name == 'Mixed_7c' else windows.nanmean(dim=4)
+        torch.testing.assert_close(seen[name + ' pooled'], expected)
+
+
+def test_images_are_resized_and_scaled(network):
+    inside = []
+    with network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, x: inside.append(x[0])):
+        network(torch.tensor([0.0, 1.0]).expand(1, 3, 4, 2))         # black on the left, white on the right
+    x, = inside
+    assert x.shape == (1, 3, 299, 299)
+    # Half-pixel centres: a quarter of the width is flat at either end, the middle is linear in between
+    position = (torch.arange(299) + 0.5) / 299 * 2 - 0.5
+    torch.testing.assert_close(x[0, 0, 0], 2 * position.clamp(0, 1) - 1, atol=1e-5, rtol=0)
+
+
+def test_weights_from_a_file(network, tmp_path):
+    path = tmp_path / 'weights.pth'
+    state = {name: value for name, value in network.state_dict().items() if 'num_batches' not in name}
+    torch.save(state, path)                         # as older torch wrote it
+    loaded = inception(path)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in state.items())
+
+
+def test_inception_that_cannot_be_had(tmp_path, no_network):
+    with pytest.raises(InputError) as error:
+        inception()
+    assert evaluate.INCEPTION_URL in str(error.value) and '--inception PATH' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_a_broken_file_in_the_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    cached = tmp_path / 'hub/checkpoints/pt_inception-2015-12-05-6726825d.pth'
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b'half a down')
+    with pytest.raises(InputError) as error:
+        inception()
+    assert str(cached) in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('write', [lambda path: None, lambda path: path.write_bytes(b'not weights'),
+                                   lambda path: torch.save({'fc.weight': Harm(str(path.with_name('ran')))}, path),
+                                   lambda path: torch.save([1, 2], path),
+                                   lambda path: torch.save({'fc.weight': torch.zeros(1000, 2048)}, path)],
+                         ids=['missing', 'garbage', 'code', 'list', 'another network'])
+def test_a_bad_file_of_weights_is_one_line(tmp_path, write):
+    path = tmp_path / 'weights.pth'
+    write(path)
+    with pytest.raises(InputError) as error:
+        inception(path)
+    assert str(path) in str(error.value) and '--inception' in str(error.value) and '\n' not in str(error.value)
+    assert not path.with_name('ran').exists()
+
+
+# ------------------------------------------------------------------------------- distance and score
+
+def features(n, d=24, seed=0, offset=0.0):
+    """Correlated features (n, d) >= offset, as behind a ReLU; the seed moves mean and covariance."""
+    mixing, rows = np.random.RandomState(seed), np.random.RandomState(seed + 100)
+    return np.maximum(rows.randn(n, d) @ mixing.randn(d, d) + mixing.randn(d), 0) + offset
+
+
+def by_sqrtm(a, b):
+    S_a, S_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    return (((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S_a) + np.trace(S_b)
+            - 2 * np.trace(linalg.sqrtm(S_a @ S_b)).real)
+
+
+@pytest.mark.parametrize('n, m', [(200, 300), (24, 25), (26, 400), (10, 15), (10, 200)])
+def test_frechet_distance_is_the_formula(n, m):
+    a, b = features(n), features(m, seed=1)
+    expected = by_sqrtm(a, b)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(torch.from_numpy(a).float(), Moments(b)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_by_hand():
+    """One dimension: (mu_a - mu_b)^2 + (sigma_a - sigma_b)^2, with the divisor n - 1."""
+    assert frechet_distance([[0.0], [2.0]], [[10.0], [14.0], [12.0]]) == pytest.approx(11 ** 2 + (2 ** 0.5 - 2) ** 2)
+
+
+@pytest.mark.parametrize('n', [2, 10, 24, 25, 26, 500])
+@pytest.mark.parametrize('offset', [0.0, 1e4])
+def test_a_set_is_at_no_distance_from_itself(n, offset):
+    a = features(n, offset=offset)
+    distance = frechet_distance(a, a[::-1].copy())
+    assert 0 <= distance <= 1e-6 * np.trace(np.cov(a, rowvar=False))
+    assert frechet_distance(a, a + 3) == pytest.approx(9 * 24, rel=1e-6)
+
+
+def test_equal_rows_are_at_the_distance_of_their_means():
+    assert frechet_distance(np.ones((5, 3)), np.zeros((9, 3))) == pytest.approx(3)
+
+
+@pytest.mark.parametrize('n', [10, 49, 50, 51, 1000])
+def test_streaming_is_the_whole(n):
+    a, b, moments = features(n), features(300, seed=1), Moments()
+    for start in range(0, n, 7):
+        moments.update(torch.from_numpy(a[start:start + 7]))
+    mean, factor = moments.mean_and_factor()
+    assert moments.count == n and len(factor) <= 24
+    np.testing.assert_allclose(mean, a.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(factor.T @ factor, np.cov(a, rowvar=False), rtol=1e-8, atol=1e-10)
+    assert frechet_distance(moments, b) == pytest.approx(by_sqrtm(a, b), rel=1e-6)
+
+
+def test_memory_does_not_grow_with_the_set(monkeypatch):
+    moments, decomposed, qr = Moments(), [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, 'qr', lambda rows, mode: (decomposed.append(len(rows)), qr(rows, mode=mode))[1])
+    for _ in range(30):
+        moments.update(torch.rand(40, 6, dtype=torch.float16))
+        assert moments.rows.dtype == torch.float64 and moments.rows.numel() <= 2 * 7 * 7
+    moments.update(np.random.rand(5000, 6))
+    assert moments.rows.numel() <= 2 * 7 * 7 and moments.count == 6200
+    assert 2 * 7 < max(decomposed) <= 3 * 7
+
+
+@pytest.mark.parametrize('a, b', [(np.ones((1, 3)), np.ones((5, 3))), (np.ones((5, 3)), Moments()),
+                                  (np.random.rand(5, 3), np.random.rand(5, 4)), (np.ones(5), np.ones(5)),
+                                  (np.array([[0, 1], [np.nan, 0]]), np.eye(2)),
+                                  (np.eye(2), np.array([[0, 1], [np.inf, 0]]))],
+                         ids=['one row', 'nothing', 'two d', 'flat', 'nan', 'inf'])
+def test_features_without_a_distance_are_refused(a, b):
+    with pytest.raises(ValueError):
+        frechet_distance(a, b)
+
+
+def test_a_batch_of_another_width_is_refused():
+    moments = Moments(np.ones((5, 3)))
+    with pytest.raises(ValueError, match='4'):
+        moments.update(np.ones((5, 4)))
+
+
+def test_inception_score_of_equal_rows_is_1():
+    assert inception_score(torch.rand(7).softmax(dim=0).expand(50, 7)) == pytest.approx((1, 0), abs=1e-6)
+
+
+def test_inception_score_of_classes_used_equally_is_their_number():
+    one_hot = torch.eye(5).repeat(20, 1)                             # 0 log 0 = 0
+    assert inception_score(one_hot) == pytest.approx((5, 0), abs=1e-9)
+    assert inception_score(torch.eye(5).repeat_interleave(20, dim=0), splits=5) == pytest.approx((1, 0), abs=1e-9)
+
+
+def test_inception_score_splits_in_order():
+    """20 rows of one class, then 20 of two classes in turn: 1 and 2; all together by hand."""
+    rows = np.concatenate([np.tile([[1, 0, 0]], (20, 1)), np.tile([[0, 1, 0], [0, 0, 1]], (10, 1))])
+    assert inception_score(rows, splits=2) == pytest.approx((1.5, 0.5))                     # population std
+    assert inception_score(rows, splits=1) == pytest.approx((2 ** 1.5, 0))                  # entropy of 1/2, 1/4, 1/4
+
+
+def test_inception_score_is_the_formula_on_uneven_splits():
+    p = np.random.RandomState(0).dirichlet(np.full(6, 0.3), 25)
+    scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.array_split(p, 4)]
+    assert inception_score(p, splits=4) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+
+
+def test_inception_score_of_vanishing_probabilities_is_finite():
+    rows = np.tile([[1.0, 0.0], [1.0, 5e-324]], (10, 1))
+    assert inception_score(rows, splits=2) == pytest.approx((1, 0))
+
+
+@pytest.mark.parametrize('rows, splits', [(np.full((9, 2), 0.5), 10), (np.full((9, 2), 0.5), 0), (np.ones(10), 1),
+                                          (np.full((9, 2), 0.7), 1), (np.tile([[1.5, -0.5]], (9, 1)), 1),
+                                          (np.full((9, 2), np.nan), 1)],
+                         ids=['few rows', 'no split', 'flat', 'logits', 'negative', 'nan'])
+def test_rows_without_a_score_are_refused(rows, splits):
+    with pytest.raises(ValueError):
+        inception_score(rows, splits)
+
+
 # -------------------------------------------------------------------------------------- evaluation
 
 def test_measure_by_hand(trained):
@@ -928,15 +1193,50 @@ def test_measure_by_hand(trained):
             assert figures[key]['accuracy'] == pytest.approx(right / 26)
             if key != 'real':
                 assert figures[key]['l1'] == pytest.approx((x - image).abs().mean().item(), rel=1e-4)
-    assert set(figures['real']) == {'accuracy'}
+    assert set(figures['real']) == {'accuracy', 'is_classifier', 'is_classifier_std'}
 
 
-def test_evaluate_command_repeats_what_train_found(trained):
+def test_fidelity_by_hand(trained, network):
+    """FID and IS in both spaces, of the batches that measure() streams, against the whole at once."""
+    run, cache = trained
+    config, model = evaluate.load_run(run)
+    split = evaluate.open_run_data(config, cache=cache).validation
+    figures = evaluate.measure(model, split, batch_size=10, network=network)
+    # in the order of a seed: sorted by class, each of IS's splits would hold but a class or two
+    lms, image, label = split.batch(torch.randperm(26, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        _, fine, _ = model(lms, label)
+        C = model.residue.classifier
+        body = nn.Sequential(*list(C.resnet.children())[:-1], nn.Flatten())
+        for space, encode in (('', lambda x: network((x + 1) / 2)),
+                              ('_classifier', lambda x: (body(((x + 1) / 2 - C.mean) / C.std), C(x)))):
+            (real, _), (features, logits) = encode(image), encode(fine)
+            assert figures['fine'][f'fid{space}'] == pytest.approx(frechet_distance(features, real), rel=1e-3)
+            score = inception_score(logits.softmax(dim=1))
+            ours = figures['fine'][f'is{space}'], figures['fine'][f'is{space}_std']
+            assert ours == pytest.approx(score, rel=1e-3, abs=1e-5)
+    assert 'fid' not in figures['real'] and figures['real']['is'] >= 1
+    text = evaluate.fidelity_table(dict(train=figures, validation=figures))
+    assert f'{figures["fine"]["fid"]:.3f}' in text and f'{figures["coarse"]["fid_classifier"]:.3f}' in text
+
+
+def test_without_inception_all_else_comes(trained, no_network, refused, capsys, tmp_path):
+    run, cache = trained
+    evaluate.main([str(run), '--device', 'cpu'])
+    out, err = capsys.readouterr()
+    assert 'FID and IS: not computed' in err and '--inception PATH' in err and 'fid_classifier' in out
+    assert "I'' fine" in out and 'fid' not in json.loads((run / 'metrics.json').read_text())['train']['fine']
+    refused(evaluate, [run, '--device', 'cpu', '--require-inception'], '--inception PATH')
+    refused(evaluate, [run, '--device', 'cpu', '--inception', tmp_path / 'none.pth'], 'none.pth')
+
+
+def test_evaluate_command_repeats_what_train_found(trained, no_network):
     run, cache = trained
     before = json.loads((run / 'metrics.json').read_text())
     assert before.keys() == {'train', 'validation'}
     for split in before.values():
-        assert split.keys() == {'coarse', 'fine', 'real'} and split['fine'].keys() == {'accuracy', 'l1'}
+        assert split.keys() == {'coarse', 'fine', 'real'}
+        assert split['fine'].keys() == {'accuracy', 'l1', 'fid_classifier', 'is_classifier', 'is_classifier_std'}
     (run / 'metrics.json').unlink(), (run / 'grid.png').unlink()
     # the newest run below runs/
     done = command(HERE / 'evaluate.py', '--device', 'cpu', '--batch-size', '13', cwd=run.parent.parent)
@@ -971,12 +1271,29 @@ def test_grid_shows_the_pictures_in_their_place(tmp_path):
     assert (drawn[16:] > 600).all() and (drawn[:16] < 30).all()              # bright at the bottom
 
 
-class Harm:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+def test_a_recording_is_painted(trained, demo, tmp_path, refused, monkeypatch):
+    run, cache = trained
+    config, model = evaluate.load_run(run)
+    clip = sorted((demo / 'chunk/validation/sax').iterdir())[0]
+    lms, _, label = evaluate.open_run_data(config, cache=cache).validation.batch([2 * config['classes'].index('sax')])
+    monkeypatch.chdir(tmp_path)
+    flags = ['--label', 'sax', '--device', 'cpu']
+    evaluate.main([str(run), '--audio', str(clip), *flags])
+    painted = np.asarray(Image.open(clip.with_suffix('.png').name)).astype(int)
+    with torch.no_grad():
+        expected = np.asarray(evaluate.picture(model(lms, label)[1][0])).astype(int)
+    assert np.abs(painted - expected).max() <= 3            # the cache holds float16
+    rate, samples = 22050, np.random.default_rng(0).integers(-9999, 9999, (28000, 2)).astype('<i2')
+    Path('long.wav').write_bytes(wav_bytes(samples.tobytes(), 16, rate, 2))         # 1.27 s
+    evaluate.main([str(run), '--audio', 'long.wav', '--out', 'scene.png', *flags])
+    strip = Image.open('scene.png')
+    assert strip.size == (3 * 32, 32)
+    parts = [np.asarray(strip.crop((i * 32, 0, i * 32 + 32, 32))) for i in range(3)]
+    assert not np.array_equal(parts[0], parts[2])
+    refused(evaluate, [run, '--audio', 'long.wav', '--out', 'scene.png', *flags], 'scene.png', 'exists')
+    refused(evaluate, [run, '--audio', 'long.wav', '--label', 'kazoo'], 'kazoo', 'bassoon, cello')
+    refused(evaluate, [run, '--audio', 'scene.png', '--out', 'x.png', *flags], 'scene.png', 'WAV')
+    refused(evaluate, [run, '--audio', 'long.wav'], '--label')
 
 
 def test_checkpoints_cannot_run_code_and_broken_ones_are_named(trained, tmp_path, refused, monkeypatch):

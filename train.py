@@ -395,7 +395,8 @@ def open_run(args, dataset):
         raise InputError(f'{run}: not an empty folder; go on with it by --resume {run}, or name another by --out')
     (run / 'samples').mkdir(parents=True, exist_ok=True)
     config = dict(vars(args), data=args.data and str(Path(args.data).resolve()),
-                  cache=args.cache and str(Path(args.cache).resolve()), resume=None, classes=dataset.classes, lms_channels=dataset.lms_channels)
+                  cache=args.cache and str(Path(args.cache).resolve()), resume=None,
+                  classes=dataset.classes, lms_channels=dataset.lms_channels)
     with written_whole(run / 'config.json') as part:
         part.write_text(json.dumps(config, indent=1) + '\n')
     return run, config
