@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from scipy import fft, signal
+from scipy import fft, signal, sparse
 from scipy.io import wavfile
 
 SAMPLE_RATE = 22050         # Hz, after resampling
@@ -106,25 +106,30 @@ def log_mel_spectrogram(waveform, sample_rate):
     up, down = SAMPLE_RATE // gcd(SAMPLE_RATE, sample_rate), sample_rate // gcd(SAMPLE_RATE, sample_rate)
     waveform = waveform[:ceil((CLIP + 64) * down / up)]     # 64 more than the filter reaches beyond the cut
     if up != down:
-        waveform = signal.resample_poly(waveform, up, down, window=_resampling_filter(up, down))
+        h, delay = _resampling_filter(up, down)
+        end = delay + ceil(len(waveform) * up / down)
+        waveform = signal.upfirdn(h, waveform, up, down)[delay:end]
     waveform = waveform[:CLIP]
     waveform = np.pad(waveform, (0, CLIP - len(waveform)))
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(waveform, N_FFT // 2, mode='reflect'), N_FFT)[::HOP]
     window, filters = _hann_and_filters()
-    power = np.abs(fft.rfft(frames * window)) ** 2                                  # (22, 1025)
+    spectrum = fft.rfft(frames * window)                                            # (22, 1025)
+    power = spectrum.real ** 2 + spectrum.imag ** 2
     return (10 * np.log10(np.maximum(filters @ power.T, 1e-10))).astype(np.float32)
 
 
 @lru_cache
 def _resampling_filter(up, down):
-    """The anti-aliasing filter that resample_poly would design anew at each call."""
-    rate = max(up, down)
-    return signal.firwin(20 * rate + 1, 1 / rate, window=('kaiser', 5.0))
+    """The anti-aliasing filter of scipy's resample_poly and its delay in samples after resampling."""
+    half = 10 * max(up, down)
+    lead = -half % down         # zeros in front make the delay a whole number
+    h = up * signal.firwin(2 * half + 1, 1 / max(up, down), window=('kaiser', 5.0))
+    return np.pad(h, (lead, 0)).astype(np.float32), (half + lead) // down
 
 
 @lru_cache
 def _hann_and_filters():
-    return signal.get_window('hann', N_FFT), mel_filterbank().astype(np.float64)
+    return signal.get_window('hann', N_FFT), sparse.csr_array(mel_filterbank().astype(np.float64))
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -245,7 +250,7 @@ class Progress:
 
 # ------------------------------------------------------------------------------- the packed cache
 
-CACHE_VERSION = 1       # raised whenever the same files would be packed to other bytes
+CACHE_VERSION = 2       # raised whenever the same files would be packed to other bytes
 
 
 class Dataset(NamedTuple):
