@@ -1,14 +1,19 @@
-"""What a run of CAR-GAN has learned: the paper's Table 2, FID and IS, and pictures.
+"""What runs of CAR-GAN have learned: the paper's Tables 1 and 2 and its Figures 4 and 5.
 
     python evaluate.py                     # the newest run below runs/
     python evaluate.py runs/paper          # any run: a folder that train.py made
+    python evaluate.py runs/A runs/B ...   # several side by side: the ablation
     python evaluate.py --audio clip.wav --label violin     # the picture for a recording of your own
 
-Every clip of both splits goes through G1 and G2; the run's own classifier C says what the pictures
-show. Writes metrics.json and grid.png (a row an instrument: LMS, I', I'', truth) into the run.
+Every clip of both splits goes through G1 and G2. The run's own classifier C says what the pictures show,
+as in the paper, and so does a judge that guided no training. Writes into the run: metrics.json, grid.png
+(a row a class: LMS, I', I'', truth) and failures.png; beside several runs: figure4.png and figure5.png.
 """
 import argparse
+import copy
+import hashlib
 import json
+import os
 import sys
 from functools import partial
 from math import ceil
@@ -19,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.models import resnet18
 
 from cargan import CARGAN
 from preprocess import (InputError, Progress, default_cache, demo_data, log_mel_spectrogram, network_lms, open_dataset,
@@ -26,8 +32,15 @@ from preprocess import (InputError, Progress, default_cache, demo_data, log_mel_
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
-STAGES = (('coarse', "I'  coarse"), ('fine', "I'' fine"), ('real', 'real frames'))
-PAPER_TABLE_2 = {'train': {'fine': 0.9954}, 'validation': {'fine': 0.9033, 'real': 0.9956}}
+FIGURES = ('fid', 'is', 'fid_classifier', 'is_classifier', 'accuracy', 'accuracy_judge', 'l1')   # of metrics.json
+PAPER = {       # of I'' by the models A to E, and of the real frames; Table 1 does not name its split
+    ('validation', 'fid'): {'A': 279.30, 'B': 332.16, 'C': 380.11, 'D': 307.37, 'E': 240.78},
+    ('validation', 'is'): {'A': 3.2221, 'B': 3.4337, 'C': 2.0699, 'D': 3.7215, 'E': 4.2023, 'real': 4.7552},
+    ('train', 'accuracy'): {'E': 0.9954},
+    ('validation', 'accuracy'): {'E': 0.9033, 'real': 0.9956},
+}
+NEAR_SILENT = -40.0     # dB of Split.loudness: what plays in the demo data is above -15, its rests are below -50
+JUDGE_VERSION, JUDGE_SEED = 1, 190701826     # the version is raised whenever the judge is trained otherwise
 
 
 # ------------------------------------------------------------------------------------- a run, loaded
@@ -317,69 +330,39 @@ def inception_score(probabilities, splits=10):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-# ------------------------------------------------------------------------------------------ figures
+# -------------------------------------------------------------------------------------- classifiers
 
-class Tally:
-    """What is counted of one kind of pictures: those that C recognises, L1, and features in two spaces."""
-
-    def __init__(self):
-        self.count, self.correct, self.l1 = 0, 0, 0.0
-        self.moments, self.probabilities = {}, {}
-
-    def add(self, label, logits, l1, spaces):
-        """Count a batch: labels (B,), C's logits (B, K), its L1 to the truth (None for the truth
-        itself), and {space: (features (B, d), logits (B, k))}.
-        """
-        self.count += len(label)
-        self.correct += (logits.argmax(dim=1) == label).sum()
-        self.l1 = None if l1 is None else self.l1 + l1 * len(label)
-        for space, (features, scores) in spaces.items():
-            self.moments.setdefault(space, Moments()).update(features)
-            self.probabilities.setdefault(space, []).append(scores.softmax(dim=1).cpu())
-
-    def figures(self, real):
-        """The figures of metrics.json; distances are to the tally of the real frames."""
-        found = {'accuracy': float(self.correct) / self.count}
-        if self is not real:
-            found['l1'] = float(self.l1) / self.count
-        for space, moments in self.moments.items():
-            if self is not real:
-                found[f'fid{space}'] = frechet_distance(moments, real.moments[space])
-            found[f'is{space}'], found[f'is{space}_std'] = inception_score(
-                torch.cat(self.probabilities[space]), splits=min(10, self.count))
-        return found
-
-
-@torch.inference_mode()
-def measure(model, split, batch_size=64, device='cpu', name='', network=None):
-    """Generate from every clip of a split and compare with its real frames.
-
-    Returns {'coarse': {...}, 'fine': {...}, 'real': {...}}: `accuracy` by C (Table 2); `l1`, the mean
-    over pixels and channels in units of [-1, 1]; `fid_classifier` and `is_classifier`, the two
-    distances of Table 1 in the space of C's last features and classes; with `network`, FID's
-    Inception, also `fid` and `is` (each `is` with its `_std` over 10 splits).
+def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3, accuracy=0.9956, batch_size=32,
+                     seed=0, device='cpu', gpus=()):
+    """Train a classifier on the real frames until it recognises the share `accuracy` of the validation
+    frames, or for `epochs`. The best epoch counts. Returns the state to be kept.
     """
-    C, progress = model.residue.classifier, Progress()
-    tallies = {kind: Tally() for kind in ('coarse', 'fine', 'real')}
-    for lms, image, label in split.batches(batch_size, device, seed=0):     # IS splits them as they come
-        coarse, fine, _ = model(lms, label)
-        for kind, x in (('coarse', coarse), ('fine', fine), ('real', image)):
-            features, logits = classifier_features(C, x)
-            spaces = {'_classifier': (features, logits)}
-            if network is not None:
-                spaces[''] = network((x + 1) / 2)
-            tallies[kind].add(label, logits, None if kind == 'real' else F.l1_loss(x, image), spaces)
-        done = tallies['real'].count
-        progress(f'evaluating {name}: {done} of {len(split)} clips', last=done == len(split))
-    return {kind: tally.figures(tallies['real']) for kind, tally in tallies.items()}
-
-
-def classifier_features(C, image):
-    """What enters C's last layer (B, 2048), and the logits (B, K)."""
-    kept = []
-    with C.resnet.fc.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
-        logits = C(image)
-    return kept[0], logits
+    parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=lr, fused=True)
+    progress, best = Progress(sys.stdout), dict(accuracy=-1.0)
+    for epoch in range(1, epochs + 1):
+        classifier.train()
+        for i, (_, image, label) in enumerate(dataset.train.batches(batch_size, device, seed + epoch), 1):
+            loss = F.cross_entropy(parallel(image), label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if progress.due():
+                progress(f'{name} epoch {epoch}/{epochs}  step {i}/{dataset.train.count(batch_size)}  '
+                         f'loss {loss.item():.4f}')
+        found = measure_accuracy(classifier.eval(), dataset.validation, batch_size, device)
+        progress(f'{name} epoch {epoch}/{epochs}  loss {loss.item():.4f}  accuracy {found:.4f} on the validation '
+                 'frames', last=True)
+        if found > best['accuracy']:
+            best = dict(classifier=copy.deepcopy(classifier.state_dict()), classes=dataset.classes,
+                        accuracy=found, epoch=epoch)
+        if found >= accuracy:
+            break
+    classifier.load_state_dict(best['classifier'])
+    print(f'{name}: accuracy {best["accuracy"]:.4f}, ' + (
+        f'{accuracy} reached in epoch {best["epoch"]}' if best['accuracy'] >= accuracy else
+        f'the best of {epochs} epochs; {accuracy} was not reached'), flush=True)
+    return best
 
 
 @torch.inference_mode()
@@ -390,39 +373,164 @@ def measure_accuracy(classifier, split, batch_size=64, device='cpu'):
     return float(correct) / len(split)
 
 
-def table(metrics):
-    """The figures of both splits as lines of text, the paper's Table 2 beside them."""
-    def cell(split, key, figure):
-        value = metrics[split][key].get(figure)
-        return f'{"-":>10}' if value is None else f'{value:10.4f}'
+def get_judge(dataset, device='cpu'):
+    """The independent judge: a second classifier of the real frames, torchvision's ResNet18, in eval mode.
 
-    def paper(split, key):
-        value = PAPER_TABLE_2[split].get(key)
-        return f'{"-":>10}' if value is None else f'{value:10.4f}'
+    C guides the training, so that its verdict on the result flatters; the judge guided none. It is
+    trained once, from scratch, and kept beside the dataset's cache.
+    """
+    path, key = dataset.folder / 'judge.pt', f'{JUDGE_VERSION} {dataset.fingerprint}'
+    with torch.random.fork_rng():
+        torch.manual_seed(JUDGE_SEED)
+        judge = resnet18(num_classes=len(dataset.classes)).to(device)
+    state = load_kept(path, key)
+    if state is None:
+        state = train_classifier(judge, dataset, 'judge', seed=JUDGE_SEED, device=device)
+        keep(path, key, state)
+    load_state(judge, state['classifier'], path)
+    return judge.eval().requires_grad_(False)
 
-    lines = [f'{"":12}{"train":>20}{"validation":>20}   |{"the paper (Table 2)":>20}',
-             f'{"":12}' + f'{"accuracy":>10}{"L1":>10}' * 2 + f'   |{"train":>10}{"test":>10}']
-    for key, title in STAGES:
-        lines.append(f'{title:12}' + ''.join(cell(split, key, figure) for split in metrics
-                                             for figure in ('accuracy', 'l1'))
-                     + '   |' + ''.join(paper(split, key) for split in metrics))
+
+# What is expensive and does not depend on the run stays in a file beside the dataset's cache, together
+# with the key of all that it does depend on.
+
+def load_kept(path, key):
+    """What keep() wrote under this key; None where there is nothing, or something out of date."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        return state if state['key'] == key else None
+    except Exception:       # no file, or one that cannot be read: it is made anew
+        return None
+
+
+def digest(network):
+    """A name for a network's weights: they are the same where it is."""
+    weights = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    return weights.hexdigest()
+
+
+def keep(path, key, state):
+    """Write a dict for load_kept(); where the cache is read-only, it will be made again."""
+    if os.access(path.parent, os.W_OK):
+        with written_whole(path) as part:
+            torch.save(dict(state, key=key), part)
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+class Features:
+    """Pictures in the space of one network, as the two distances want them."""
+
+    def __init__(self):
+        self.moments, self.probabilities = Moments(), []
+
+    def update(self, features, logits):
+        """Add a batch: features (B, d), logits (B, k)."""
+        self.moments.update(features)
+        self.probabilities.append(logits.softmax(dim=1).cpu())
+
+    def score(self):
+        """The Inception score of all pictures so far, (mean, std) over 10 splits."""
+        probabilities = torch.cat(self.probabilities)
+        return inception_score(probabilities, splits=min(10, len(probabilities)))
+
+
+@torch.inference_mode()
+def real_features(network, dataset, name, batch_size=16, device='cpu'):
+    """The Features of a split's real frames in Inception's space, kept beside the dataset's cache."""
+    path, key = dataset.folder / f'inception-{name}.pt', f'{digest(network)} {dataset.fingerprint}'
+    found, state, split, progress = Features(), load_kept(path, key), getattr(dataset, name), Progress()
+    if state is not None:
+        found.moments.rows, found.moments.count = state['rows'], state['count']
+        found.probabilities = [state['probabilities']]
+        return found
+    for _, image, _ in split.batches(batch_size, device, seed=0):           # IS splits them as they come
+        found.update(*network((image + 1) / 2))
+        done = found.moments.count
+        progress(f'Inception, real frames of {name}: {done} of {len(split)}', last=done == len(split))
+    keep(path, key, dict(rows=found.moments.rows, count=found.moments.count,
+                         probabilities=torch.cat(found.probabilities)))
+    return found
+
+
+@torch.inference_mode()
+def measure(model, split, batch_size=16, device='cpu', name='', judge=None, network=None, real=None):
+    """Generate from every clip of a split and compare with its real frames.
+
+    Returns ({'coarse': {...}, 'fine': {...}, 'real': {...}}, verdicts): `accuracy` by C (Table 2) and
+    `accuracy_judge`; `l1`, the mean over pixels and channels in units of [-1, 1]; `fid_classifier` and
+    `is_classifier`, the two distances of Table 1 in the space of C's last features and classes; with
+    `network`, FID's Inception, and `real`, its Features of the real frames, also `fid` and `is` (each
+    `is` with its `_std` over 10 splits). `verdicts` (n,) are what the judge sees in I''.
+    """
+    C, progress, order = model.residue.classifier, Progress(), split.order(seed=0)
+    kinds = ('coarse', 'fine', 'real')
+    found = {kind: {'accuracy': 0.0} for kind in kinds}             # sums, until all clips are seen
+    spaces = {kind: {'_classifier': Features()} for kind in kinds}
+    verdicts, done = torch.full((len(split),), -1), 0
+    if network is not None:
+        spaces['coarse'][''], spaces['fine'][''], spaces['real'][''] = Features(), Features(), real
+    for lms, image, label in split.batches(batch_size, device, seed=0):     # IS splits them as they come
+        coarse, fine, _ = model(lms, label)
+        for kind, x in zip(kinds, (coarse, fine, image)):
+            features, logits = classifier_features(C, x)
+            spaces[kind]['_classifier'].update(features, logits)
+            sums = {'accuracy': (logits.argmax(dim=1) == label).sum().item()}
+            if judge is not None:
+                seen = judge(x).argmax(dim=1)
+                sums['accuracy_judge'] = (seen == label).sum().item()
+            if kind != 'real':
+                sums['l1'] = F.l1_loss(x, image).item() * len(label)
+                if network is not None:
+                    spaces[kind][''].update(*network((x + 1) / 2))
+            if kind == 'fine' and judge is not None:
+                verdicts[order[done:done + len(label)]] = seen.cpu()
+            for figure, value in sums.items():
+                found[kind][figure] = found[kind].get(figure, 0.0) + value / len(split)
+        done += len(label)
+        progress(f'evaluating {name}: {done} of {len(split)} clips', last=done == len(split))
+    for kind in kinds:
+        for space, features in spaces[kind].items():
+            found[kind][f'is{space}'], found[kind][f'is{space}_std'] = features.score()
+            if kind != 'real':
+                found[kind][f'fid{space}'] = frechet_distance(features.moments, spaces['real'][space].moments)
+    return found, verdicts
+
+
+def classifier_features(C, image):
+    """What enters C's last layer (B, 2048), and the logits (B, K)."""
+    kept = []
+    with C.resnet.fc.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
+        logits = C(image)
+    return kept[0], logits
+
+
+def table(columns, width=17):
+    """Figures of both splits as lines of text. `columns` is {title: (metrics, stage, model)}: a run's
+    metrics, the stage of it that the column shows, and under which model (A to E, real) the paper has it;
+    below each figure that the paper has as well stands the paper's.
+    """
+    def number(figure, value, spread=None, missing='-'):
+        digits = 3 if figure in FIGURES[:4] else 4
+        text = missing if value is None else f'{value:.{digits}f}' + (f' +- {spread:.3f}' if spread is not None else '')
+        return text.rjust(width)
+
+    lines = [' ' * 20 + ''.join(title[-width + 1:].rjust(width) for title in columns)]
+    for split in ('train', 'validation'):
+        lines.append(split)
+        for figure in FIGURES:
+            cells = [(metrics[split][stage], stage == 'real' and figure.startswith(('fid', 'l1')))
+                     for metrics, stage, _ in columns.values()]
+            lines.append(f'  {figure:18}' + ''.join(
+                number(figure, cell.get(figure), cell.get(figure + '_std'), '-' if none else 'not computed')
+                for cell, none in cells))
+            paper = PAPER.get((split, figure), {})
+            if any(model in paper for *_, model in columns.values()):
+                lines.append(f'  {figure + ", paper":18}' + ''.join(number(figure, paper.get(model))
+                                                                    for *_, model in columns.values()))
     return '\n'.join(lines)
-
-
-def fidelity_table(metrics):
-    """FID and IS of both splits as lines of text, in Inception's space (where measured) and in C's."""
-    def cell(figures, name):
-        if name not in figures:
-            return f'{"-":>16}'
-        spread = f' +- {figures[name + "_std"]:.3f}' if name + '_std' in figures else ''
-        return f'{figures[name]:.3f}{spread}'.rjust(16)
-
-    names = [name for name in ('fid', 'is', 'fid_classifier', 'is_classifier') if name in metrics['train']['fine']]
-    lines = [f'{"":12}' + ''.join(f'{split:>16}' + ' ' * 16 * (len(names) - 1) for split in metrics),
-             f'{"":12}' + ''.join(f'{name:>16}' for name in names) * len(metrics)]
-    for key, title in STAGES:
-        lines.append(f'{title:12}' + ''.join(cell(metrics[split][key], name) for split in metrics for name in names))
-    return '\n'.join(line.rstrip() for line in lines)
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -443,19 +551,43 @@ def example_clips(dataset):
 
 
 @torch.inference_mode()
-def stage_grid(model, examples, path, device='cpu'):
-    """Draw LMS, I', I'' and truth of example clips, a row each, into a picture file.
-
-    The model is evaluated in eval mode and left in the mode it was in.
+def example_pictures(model, examples, device='cpu'):
+    """[(title, {'LMS': picture, "I'": ..., "I''": ..., 'truth': ...})] of example clips, in eval mode;
+    the model is left in the mode it was in.
     """
-    training = model.training
+    training, rows = model.training, []
     model.eval()
-    rows = []
-    for name, (lms, image, label) in examples:
+    for title, (lms, image, label) in examples:
         coarse, fine, _ = model(lms.to(device), label.to(device))
-        rows.append((name, [lms_picture(lms[0])] + [picture(x[0]) for x in (coarse, fine, image)]))
+        rows.append((title, {'LMS': lms_picture(lms[0]), "I'": picture(coarse[0]), "I''": picture(fine[0]),
+                             'truth': picture(image[0])}))
     model.train(training)
-    draw_grid(rows, ['LMS', "I' (coarse)", "I'' (fine)", 'truth'], path)
+    return rows
+
+
+def stage_grid(model, examples, path, device='cpu'):
+    """Draw LMS, I', I'' and truth of example clips, a row each, into a picture file."""
+    draw_grid(example_pictures(model, examples, device), path)
+
+
+def failure_grid(model, split, classes, verdicts, path, device='cpu', rows=16):
+    """Draw the clips whose I'' the judge mistook, the quietest first (section 4.2), `rows` at most; with
+    no such clip there is no file. Returns how many there are and how many near-silent ones among them
+    and among all clips, so that the paper's explanation can be checked.
+    """
+    loudness = split.loudness()
+    wrong = torch.nonzero(verdicts != split.labels).flatten()
+    wrong = wrong[loudness[wrong].argsort()]
+    path.unlink(missing_ok=True)
+    if len(wrong):
+        draw_grid(example_pictures(model, [
+            (f'{classes[split.labels[i]]}\n{loudness[i]:.0f} dB\nseen as\n{classes[verdicts[i]]}', split.batch([i]))
+            for i in wrong[:rows].tolist()], device), path)
+    found = dict(clips=len(split), wrong=len(wrong))
+    if split.lms.dtype != np.uint8:             # of LMS drawn as pictures the level is not known
+        found |= dict(near_silent=(loudness < NEAR_SILENT).sum().item(),
+                      near_silent_wrong=(loudness[wrong] < NEAR_SILENT).sum().item())
+    return found
 
 
 def picture(image):
@@ -476,19 +608,21 @@ def lms_picture(lms):
                                      for channel in range(3)], axis=2).round().astype(np.uint8))
 
 
-def draw_grid(rows, titles, path, tile=128):
-    """Rows [(name, pictures)] under column titles as one PNG; tiles of at least `tile` pixels."""
-    tile = max([tile] + [image.width for _, images in rows for image in images])
+def draw_grid(rows, path, tile=128):
+    """Draw rows [(title, {column: picture})] as one PNG; tiles of at least `tile` pixels."""
+    columns = list(rows[0][1])
+    tile = max([tile] + [image.width for _, images in rows for image in images.values()])
     font, gap, left, top = ImageFont.load_default(size=15), 4, 130, 28
-    sheet = Image.new('RGB', (left + len(titles) * (tile + gap), top + len(rows) * (tile + gap)), 'white')
+    sheet = Image.new('RGB', (left + len(columns) * (tile + gap), top + len(rows) * (tile + gap)), 'white')
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((left + column * (tile + gap) + tile / 2, top / 2), title, 'black', font, anchor='mm')
-    for row, (name, images) in enumerate(rows):
-        y = top + row * (tile + gap)
-        draw.text((left - 8, y + tile / 2), name.replace('_', ' '), 'black', font, anchor='rm')
-        for column, image in enumerate(images):
-            sheet.paste(image.resize((tile, tile), Image.Resampling.BICUBIC), (left + column * (tile + gap), y))
+    for x, column in enumerate(columns):
+        draw.text((left + x * (tile + gap) + tile / 2, top / 2), column, 'black', font, anchor='mm')
+    for y, (title, images) in enumerate(rows):
+        draw.multiline_text((left - 8, top + y * (tile + gap) + tile / 2), title.replace('_', ' '), 'black', font,
+                            anchor='rm', align='right')
+        for x, column in enumerate(columns):
+            sheet.paste(images[column].resize((tile, tile), Image.Resampling.BICUBIC),
+                        (left + x * (tile + gap), top + y * (tile + gap)))
     with written_whole(path) as part:
         sheet.save(part, 'PNG')
 
@@ -525,31 +659,89 @@ def paint_file(config, model, audio, label, out, device):
 
 # ------------------------------------------------------------------------------------------ command
 
-def evaluate_run(run, config, model, dataset, batch_size=64, device='cpu', network=None):
-    """Measure a model on both splits; print the tables, write metrics.json and grid.png into `run`."""
+def evaluate_run(run, config, model, dataset, device='cpu', network=None, batch_size=16):
+    """Measure a model on both splits; write metrics.json, grid.png and failures.png into `run`."""
     run, model = Path(run), model.eval()
-    metrics = {name: measure(model, getattr(dataset, name), batch_size, device, name, network)
-               for name in ('train', 'validation')}
+    judge, metrics = get_judge(dataset, device), {}
+    for name in ('train', 'validation'):
+        real = None if network is None else real_features(network, dataset, name, batch_size, device)
+        metrics[name], verdicts = measure(model, getattr(dataset, name), batch_size, device, f'{run} {name}', judge,
+                                          network, real)
+    # `verdicts` are those of validation
+    metrics['validation']['failures'] = failure_grid(model, dataset.validation, dataset.classes, verdicts,
+                                                     run / 'failures.png', device)
     with written_whole(run / 'metrics.json') as part:
         part.write_text(json.dumps(metrics, indent=1) + '\n')
     stage_grid(model, example_clips(dataset), run / 'grid.png', device)
+    return metrics
+
+
+def report(run, config, metrics, dataset):
+    """Print what evaluate_run found of one run."""
     print(f'\n{run}: model {config["variant"]}, {config["size"]}x{config["size"]}, '
           f'{len(dataset.train)} pairs in train, {len(dataset.validation)} in validation\n')
-    print(table(metrics), fidelity_table(metrics), sep='\n\n')
-    if network is not None:
-        few = [name for name in metrics if len(getattr(dataset, name)) < 2048]
-        if few:
-            print(f'fid of fewer than 2,048 pictures ({", ".join(few)}) is not comparable with published figures')
-    print(f'\nfigures: {run / "metrics.json"}   pictures: {run / "grid.png"}')
-    return metrics
+    print(table({"I' coarse": (metrics, 'coarse', None), "I'' fine": (metrics, 'fine', config['variant']),
+                 'real frames': (metrics, 'real', 'real')}), end='\n\n')
+    warn_of_few(metrics, dataset)
+    failures = metrics['validation']['failures']
+    silent = ', near-silent are {near_silent_wrong} of these and {near_silent} of all'.format(**failures) \
+        if 'near_silent' in failures else ''
+    print(f"the judge mistakes {failures['wrong']} of {failures['clips']} I'' of validation{silent}")
+    print(f'figures: {run}/metrics.json   pictures: {run}/grid.png'
+          + (f', {run}/failures.png' if failures['wrong'] else ''))
+
+
+def warn_of_few(metrics, dataset):
+    few = [name for name in metrics if len(getattr(dataset, name)) < 2048]
+    if few and 'fid' in metrics['train']['fine']:
+        print(f'fid of fewer than 2,048 pictures ({", ".join(few)}) is not comparable with published figures')
+
+
+def compare_runs(runs, configs, args, device, network):
+    """Table 1, Table 2 and Figures 4 and 5 for several runs of one dataset, a column a run."""
+    for run, config in zip(runs, configs):
+        for name in ('size',) if args.data else ('size', 'data'):
+            if config[name] != configs[0][name]:
+                raise InputError(f'{run}: its {name} is {config[name]}, not {configs[0][name]} as in {runs[0]}: '
+                                 'only runs on the same data and size stand side by side')
+    titles = [Path(run).resolve().name for run in runs]
+    titles = titles if len(set(titles)) == len(runs) else [str(run) for run in runs]
+    columns, shown, spaces = {}, {}, set()
+    for run, title in zip(runs, titles):
+        config, model = load_run(run, device)
+        dataset = open_run_data(config, args.data, args.cache, args.workers)
+        metrics = evaluate_run(run, config, model, dataset, device, network, args.batch_size)
+        columns[title] = metrics, 'fine', config['variant']
+        shown[title] = example_pictures(model, example_clips(dataset), device)
+        spaces.add(digest(model.residue.classifier))
+    columns['real frames'] = metrics, 'real', 'real'
+
+    folder = Path(args.out or Path(runs[0]).resolve().parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, stages in (('figure4.png', {'': "I''"}), ('figure5.png', {" I'": "I'", " I''": "I''"})):
+        draw_grid([(clip, {'LMS': images['LMS'],
+                           **{title + suffix: shown[title][row][1][stage] for title in titles
+                              for suffix, stage in stages.items()},
+                           'truth': images['truth']}) for row, (clip, images) in enumerate(shown[title])],
+                  folder / name)
+    print(f"\nI'' of {len(runs)} runs on {args.data or config['data'] or 'the demo data'}, "
+          f'{config["size"]}x{config["size"]}, {len(dataset.train)} pairs in train, {len(dataset.validation)} in '
+          f'validation\n\n{table(columns)}\n')
+    warn_of_few(metrics, dataset)
+    if len(spaces) > 1:
+        print('the classifiers of these runs differ: fid_classifier and is_classifier are each in a space of its '
+              'own, not comparable (train.py --classifier lets runs share one)')
+    print(f'pictures: {folder}/figure4.png, {folder}/figure5.png; the rest is in each run')
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run', nargs='?', metavar='RUN', help='a run of train.py (default: the newest below runs/)')
+    parser.add_argument('runs', nargs='*', metavar='RUN',
+                        help='a run of train.py, or several side by side (default: the newest below runs/)')
     parser.add_argument('--audio', metavar='WAV', help='paint this recording: a picture for each half second')
     parser.add_argument('--label', metavar='CLASS', help='what plays in it')
-    parser.add_argument('--out', metavar='PNG', help="where the picture goes (default: the recording's name, here)")
+    parser.add_argument('--out', metavar='PATH', help="where --audio's picture goes (default: the recording's name, "
+                        'here), or the folder of the figures of several runs (default: beside the first)')
     parser.add_argument('--inception', metavar='PATH',
                         help="weights of FID's Inception (default: torch.hub's cache, else downloaded)")
     parser.add_argument('--require-inception', action='store_true',
@@ -557,28 +749,34 @@ def main(argv=None):
     parser.add_argument('--data', metavar='DIR', help="a dataset folder (default: the run's own)")
     parser.add_argument('--cache', metavar='DIR',
                         help=f"where packed data is kept (default: the run's, else {default_cache()})")
-    parser.add_argument('--batch-size', type=int, default=64, metavar='N', help='clips at once (default: 64)')
+    parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='clips at once (default: 16)')
     parser.add_argument('--workers', type=int, metavar='N', help='threads that read files (default: one a core)')
     parser.add_argument('--device', metavar='NAME',
                         help='cpu, cuda, cuda:1, ... (default: the first GPU, else the CPU)')
     args = parser.parse_args(argv)
     if bool(args.audio) != bool(args.label):
         parser.error('--audio and --label go together')
+    if args.audio and len(args.runs) > 1:
+        parser.error('--audio wants one run')
     device = choose_device(args.device)
-    run = args.run or newest_run()
-    config, model = load_run(run, device)
+    runs = args.runs or [newest_run()]
     if args.audio:
         out = args.out or Path(args.audio).with_suffix('.png').name
-        return paint_file(config, model, args.audio, args.label, out, device)
-    dataset = open_run_data(config, args.data, args.cache, args.workers)
+        return paint_file(*load_run(runs[0], device), args.audio, args.label, out, device)
+    configs = [load_config(run) for run in runs]        # before anything that takes time
     try:
         network = inception(args.inception).to(device)
     except InputError as error:
         if args.inception or args.require_inception:
             raise
-        print(f'FID and IS: not computed: {error}', file=sys.stderr)
+        print(f'fid and is: not computed: {error}', file=sys.stderr)
         network = None
-    evaluate_run(run, config, model, dataset, args.batch_size, device, network)
+    if len(runs) > 1:
+        return compare_runs(runs, configs, args, device, network)
+    config, model = load_run(runs[0], device)
+    dataset = open_run_data(config, args.data, args.cache, args.workers)
+    metrics = evaluate_run(runs[0], config, model, dataset, device, network, args.batch_size)
+    report(runs[0], config, metrics, dataset)
 
 
 if __name__ == '__main__':

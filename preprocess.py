@@ -258,6 +258,8 @@ class Dataset(NamedTuple):
     lms_channels: int   # 1, or 3 where the dataset's LMS are RGB pictures
     train: 'Split'
     validation: 'Split'
+    folder: Path        # its packed cache, where what is learned of the data alone may be kept
+    fingerprint: str    # of the files it was packed from
 
 
 def default_cache():
@@ -293,7 +295,7 @@ def open_dataset(data, size=256, cache=None, strict=False, workers=None):
     split = np.array(meta['splits'])
     return Dataset(meta['classes'], 1 if meta['lms_dtype'] == 'float16' else 3,
                    *(Split(lms, frames, meta['labels'], meta['stems'], np.flatnonzero(split == name), size)
-                     for name in ('train', 'validation')))
+                     for name in ('train', 'validation')), folder, fingerprint)
 
 
 def _fingerprint(data, classes, pairs, problems, size):
@@ -420,15 +422,27 @@ class Split:
         lms, frames = (torch.from_numpy(array[rows]).to(device) for array in (self.lms, self.frames))
         return network_lms(lms, self.size), _signed(frames), self.labels[indices].to(device)
 
-    def batches(self, batch_size, device='cpu', seed=None):
-        """All pairs once, in ceil(n / batch_size) batches of nearly equal size: in order, or shuffled
-        as `seed` says (the same seed, the same order, whatever came before).
+    def order(self, seed=None):
+        """The indices of all pairs (n,): as they lie, or shuffled as `seed` says (the same seed, the
+        same order, whatever came before).
         """
-        order = torch.arange(len(self))
-        if seed is not None:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for indices in order.tensor_split(self.count(batch_size)):
+        if seed is None:
+            return torch.arange(len(self))
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def batches(self, batch_size, device='cpu', seed=None):
+        """All pairs once, in that order, in ceil(n / batch_size) batches of nearly equal size."""
+        for indices in self.order(seed).tensor_split(self.count(batch_size)):
             yield self.batch(indices, device)
+
+    def loudness(self):
+        """How loud each clip is (n,): the mean power of its mel bands in dB; of LMS drawn as pictures,
+        their mean brightness.
+        """
+        lms = (self.lms[row].astype(np.float32) for row in self.rows)
+        if self.lms.dtype == np.uint8:
+            return torch.tensor([x.mean() for x in lms])
+        return torch.tensor([10 * np.log10((10 ** (x / 10)).mean()) for x in lms])
 
     def count(self, batch_size):
         """The number of batches in an epoch."""

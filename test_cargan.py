@@ -848,7 +848,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(trained, demo, tmp_path):
 def test_a_run_is_one_folder(trained):
     run, _ = trained
     assert {path.name for path in run.iterdir()} == {'config.json', 'classifier.pt', 'checkpoint.pt', 'log.csv',
-                                                     'samples', 'metrics.json', 'grid.png'}
+                                                     'samples', 'metrics.json', 'grid.png', 'failures.png'}
     rows = list(csv.reader(open(run / 'log.csv')))
     assert rows[0] == ['step', 'epoch', 'L_C', 'L_cGAN', 'L_L1', 'L_D']
     assert [row[:2] for row in rows[1:]] == [[str(step), str((step + 3) // 4)] for step in range(1, 9)]
@@ -881,16 +881,14 @@ def test_the_classifier_is_reused_and_checked(trained, demo, data, tmp_path, cap
 
 def test_the_classifier_stops_when_it_is_good_enough(demo, tmp_path, capsys):
     dataset = preprocess.open_dataset(demo, 32, tmp_path)
-    args = train.make_parser().parse_args([*SMALL, '--classifier-epochs', '4', '--classifier-accuracy', '0.01',
-                                           '--classifier-lr', '0.001'])
-    classifier = train.new_classifier(args, 13)
-    best = train.train_classifier(classifier, dataset, args, torch.device('cpu'), [])
+    torch.manual_seed(0)
+    classifier = cargan.Classifier(13, pretrained=False)
+    best = evaluate.train_classifier(classifier, dataset, epochs=4, accuracy=0.01)
     out = capsys.readouterr().out
     assert f'0.01 reached in epoch {best["epoch"]}' in out and out.count('loss') == best['epoch']
     assert best['accuracy'] == evaluate.measure_accuracy(classifier.eval(), dataset.validation)
-    args.classifier_epochs, args.classifier_accuracy = 1, 1.1
-    train.train_classifier(classifier, dataset, args, torch.device('cpu'), [])
-    assert 'stopped by --classifier-epochs 1' in capsys.readouterr().out
+    evaluate.train_classifier(classifier, dataset, epochs=1, accuracy=1.1)
+    assert 'the best of 1 epochs; 1.1 was not reached' in capsys.readouterr().out
 
 
 def test_imagenet_weights(demo, tmp_path, refused, no_network):
@@ -1184,24 +1182,29 @@ def test_measure_by_hand(trained):
     run, cache = trained
     config, model = evaluate.load_run(run)
     dataset = evaluate.open_run_data(config, cache=cache)
-    figures = evaluate.measure(model, dataset.validation, batch_size=7)
+    judge = evaluate.get_judge(dataset)
+    figures, verdicts = evaluate.measure(model, dataset.validation, batch_size=7, judge=judge)
     lms, image, label = dataset.validation.batch(range(26))
     with torch.no_grad():
         coarse, fine, _ = model(lms, label)
         for key, x in (('coarse', coarse), ('fine', fine), ('real', image)):
-            right = sum(int(model.residue.classifier(x[i:i + 1]).argmax()) == int(label[i]) for i in range(26))
-            assert figures[key]['accuracy'] == pytest.approx(right / 26)
+            for figure, network in (('accuracy', model.residue.classifier), ('accuracy_judge', judge)):
+                seen = torch.cat([network(x[i:i + 1]).argmax(dim=1) for i in range(26)])
+                assert figures[key][figure] == pytest.approx((seen == label).sum().item() / 26)
+                if (key, figure) == ('fine', 'accuracy_judge'):
+                    assert verdicts.tolist() == seen.tolist()
             if key != 'real':
                 assert figures[key]['l1'] == pytest.approx((x - image).abs().mean().item(), rel=1e-4)
-    assert set(figures['real']) == {'accuracy', 'is_classifier', 'is_classifier_std'}
+    assert set(figures['real']) == {'accuracy', 'accuracy_judge', 'is_classifier', 'is_classifier_std'}
 
 
 def test_fidelity_by_hand(trained, network):
     """FID and IS in both spaces, of the batches that measure() streams, against the whole at once."""
     run, cache = trained
     config, model = evaluate.load_run(run)
-    split = evaluate.open_run_data(config, cache=cache).validation
-    figures = evaluate.measure(model, split, batch_size=10, network=network)
+    dataset = evaluate.open_run_data(config, cache=cache)
+    split, known = dataset.validation, evaluate.real_features(network, dataset, 'validation', batch_size=10)
+    figures, _ = evaluate.measure(model, split, batch_size=10, network=network, real=known)
     # in the order of a seed: sorted by class, each of IS's splits would hold but a class or two
     lms, image, label = split.batch(torch.randperm(26, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
@@ -1216,15 +1219,132 @@ def test_fidelity_by_hand(trained, network):
             ours = figures['fine'][f'is{space}'], figures['fine'][f'is{space}_std']
             assert ours == pytest.approx(score, rel=1e-3, abs=1e-5)
     assert 'fid' not in figures['real'] and figures['real']['is'] >= 1
-    text = evaluate.fidelity_table(dict(train=figures, validation=figures))
-    assert f'{figures["fine"]["fid"]:.3f}' in text and f'{figures["coarse"]["fid_classifier"]:.3f}' in text
+
+    metrics = dict(train=figures, validation=figures)
+    text = evaluate.table({"I''": (metrics, 'fine', 'E'), 'real frames': (metrics, 'real', 'real')}).split('validation')
+    for figure in evaluate.FIGURES:
+        line, = [line for line in text[0].splitlines() if line.startswith(f'  {figure} ')]
+        assert ('not computed' in line) == (figure == 'accuracy_judge')
+        value = figures['fine'].get(figure)
+        assert value is None or f'{value:.{3 if figure in evaluate.FIGURES[:4] else 4}f}' in line
+    papers = [line.split()[2:] for line in text[1].splitlines() if 'paper' in line]
+    assert papers == [['240.780', '-'], ['4.202', '4.755'], ['0.9033', '0.9956']]
+
+
+def test_features_of_the_real_frames_are_kept_and_a_stale_file_is_noticed(trained, network, tmp_path):
+    run, cache = trained
+    config, _ = evaluate.load_run(run)
+    dataset = evaluate.open_run_data(config, cache=shutil.copytree(cache, tmp_path / 'cache'))
+    first = evaluate.real_features(network, dataset, 'validation')
+    kept = dataset.folder / 'inception-validation.pt'
+    when = kept.stat().st_mtime_ns
+    again = evaluate.real_features(network, dataset, 'validation')
+    assert kept.stat().st_mtime_ns == when and again.score() == first.score()
+    assert frechet_distance(again.moments, first.moments) == 0
+    changed = copy.deepcopy(network)
+    changed.Mixed_7c.branch1x1.bn.bias.data += 1                            # other weights
+    moved = evaluate.real_features(changed, dataset, 'validation')
+    assert frechet_distance(moved.moments, first.moments) > 1
+    other = dataset._replace(fingerprint='other files')
+    for state in (other, dataset):
+        when = kept.stat().st_mtime_ns
+        assert evaluate.real_features(network, state, 'validation').score() == pytest.approx(first.score())
+        assert kept.stat().st_mtime_ns > when
+    kept.write_bytes(b'cut')
+    assert evaluate.real_features(network, dataset, 'validation').score() == pytest.approx(first.score())
+
+
+def test_the_judge_is_trained_once_and_is_not_c(demo, tmp_path, capsys):
+    dataset = preprocess.open_dataset(demo, 32, tmp_path)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    judge = evaluate.get_judge(dataset)
+    assert torch.equal(torch.get_rng_state(), state)            # the run's random numbers stay its own
+    assert 'judge epoch 1/20' in capsys.readouterr().out and not judge.training
+    assert len(judge.layer1) == 2 and judge.fc.in_features == 512           # ResNet18, C is a ResNet50
+    assert evaluate.measure_accuracy(judge, dataset.train) > 0.5
+    again = evaluate.get_judge(dataset)
+    assert 'judge epoch' not in capsys.readouterr().out
+    assert same(again.state_dict(), judge.state_dict())
+    torch.save(dict(torch.load(dataset.folder / 'judge.pt'), key='of other files'), dataset.folder / 'judge.pt')
+    assert same(evaluate.get_judge(dataset).state_dict(), judge.state_dict())
+    assert 'judge epoch 1/20' in capsys.readouterr().out
+
+
+def test_failures_are_sorted_by_loudness(trained, tmp_path):
+    run, cache = trained
+    config, model = evaluate.load_run(run)
+    dataset = evaluate.open_run_data(config, cache=cache)
+    split = dataset.validation
+    loudness = split.loudness()
+    for i in (0, 7):
+        power = 10 ** (split.lms[split.rows[i]].astype(float) / 10)
+        assert loudness[i].item() == pytest.approx(10 * math.log10(power.mean()), abs=0.01)
+    verdicts, path = split.labels.clone(), tmp_path / 'failures.png'
+    path.write_bytes(b'of an earlier evaluation')
+    found = evaluate.failure_grid(model, split, dataset.classes, verdicts, path)
+    silent = sum(1 for level in loudness if level < -40)
+    assert found == dict(clips=26, wrong=0, near_silent=silent, near_silent_wrong=0) and not path.exists()
+    wrong = loudness.argsort()[[20, 0, 9]]
+    verdicts[wrong] = (verdicts[wrong] + 1) % 13
+    found = evaluate.failure_grid(model, split, dataset.classes, verdicts, path)
+    assert found == dict(clips=26, wrong=3, near_silent=silent, near_silent_wrong=int(loudness.min() < -40))
+    sheet = np.asarray(Image.open(path).convert('RGB')).astype(int)
+    assert sheet.shape[0] == 28 + 3 * 132
+    for row, i in enumerate(sorted(wrong.tolist(), key=lambda i: loudness[i])):     # the quietest first
+        truth = np.asarray(evaluate.picture(split.batch([i])[1][0]).resize((128, 128), Image.Resampling.BICUBIC))
+        assert np.array_equal(sheet[28 + row * 132:][:128, 130 + 3 * 132:][:, :128], truth)
+    silence = split.lms.copy()
+    silence[:] = -100
+    quiet = preprocess.Split(silence, split.frames, *map(list, zip(*[(0, '')] * len(silence))), split.rows, 32)
+    assert quiet.loudness().tolist() == pytest.approx([-100] * 26)
+
+
+def test_several_runs_side_by_side(trained, demo, data, tmp_path, no_network, refused, capsys):
+    run, cache = trained
+    base = ['--data', demo, '--cache', cache, '--device', 'cpu', '--epochs', '1', *SMALL]
+    for variant in 'CD':
+        train.main([*map(str, base), '--variant', variant, '--out', str(tmp_path / variant), '--classifier',
+                    str(run / 'classifier.pt')])
+    capsys.readouterr()
+    shutil.copytree(run, tmp_path / 'E')
+    runs = [str(tmp_path / variant) for variant in 'CDE']
+    evaluate.main([*runs, '--device', 'cpu', '--out', str(tmp_path / 'figures')])
+    out = capsys.readouterr().out
+    lines = {line.split('  ')[1]: line.split()[-4:] for line in out.split('\nvalidation\n')[1].splitlines()
+             if line.startswith('  ')}
+    assert out.count('real frames') == 1 and lines['fid, paper'] == ['380.110', '307.370', '240.780', '-']
+    metrics = [json.loads(Path(folder, 'metrics.json').read_text())['validation'] for folder in runs]
+    assert lines['l1'] == [f'{found["fine"]["l1"]:.4f}' for found in metrics] + ['-']
+    assert lines['accuracy_judge'] == [f'{found["accuracy_judge"]:.4f}' for found in
+                                       [found['fine'] for found in metrics] + [metrics[0]['real']]]
+    assert 'classifiers' not in out
+    figure4, figure5 = (np.asarray(Image.open(tmp_path / f'figures/figure{n}.png').convert('RGB')) for n in (4, 5))
+    assert figure4.shape == (28 + 13 * 132, 130 + 5 * 132, 3) and figure5.shape == (28 + 13 * 132, 130 + 8 * 132, 3)
+    clip = evaluate.example_clips(evaluate.open_run_data(evaluate.load_config(run), cache=cache))[2][1]
+    def tile(sheet, column):
+        return sheet[28 + 2 * 132:, 130 + column * 132:][:128, :128].astype(int)
+
+    for column, folder in enumerate(runs, 1):
+        with torch.no_grad():
+            stages = evaluate.load_run(folder)[1](*clip[::2])[:2]
+        coarse, fine = (np.asarray(evaluate.picture(x[0]).resize((128, 128), Image.Resampling.BICUBIC)).astype(int)
+                        for x in stages)
+        assert np.abs(tile(figure4, column) - fine).max() <= 1
+        assert np.abs(tile(figure5, 2 * column - 1) - coarse).max() <= 1
+        assert np.abs(tile(figure5, 2 * column) - fine).max() <= 1
+
+    config = json.loads((tmp_path / 'D/config.json').read_text())
+    (tmp_path / 'D/config.json').write_text(json.dumps(dict(config, data=str(data))))
+    refused(evaluate, [*runs, '--device', 'cpu'], tmp_path / 'D', data, 'same data')
+    refused(evaluate, [runs[0], tmp_path / 'none'], tmp_path / 'none', 'not a run')
 
 
 def test_without_inception_all_else_comes(trained, no_network, refused, capsys, tmp_path):
     run, cache = trained
     evaluate.main([str(run), '--device', 'cpu'])
     out, err = capsys.readouterr()
-    assert 'FID and IS: not computed' in err and '--inception PATH' in err and 'fid_classifier' in out
+    assert 'fid and is: not computed' in err and '--inception PATH' in err and 'not computed' in out
     assert "I'' fine" in out and 'fid' not in json.loads((run / 'metrics.json').read_text())['train']['fine']
     refused(evaluate, [run, '--device', 'cpu', '--require-inception'], '--inception PATH')
     refused(evaluate, [run, '--device', 'cpu', '--inception', tmp_path / 'none.pth'], 'none.pth')
@@ -1235,8 +1355,9 @@ def test_evaluate_command_repeats_what_train_found(trained, no_network):
     before = json.loads((run / 'metrics.json').read_text())
     assert before.keys() == {'train', 'validation'}
     for split in before.values():
-        assert split.keys() == {'coarse', 'fine', 'real'}
-        assert split['fine'].keys() == {'accuracy', 'l1', 'fid_classifier', 'is_classifier', 'is_classifier_std'}
+        assert split.keys() - {'failures'} == {'coarse', 'fine', 'real'}
+        assert split['fine'].keys() == {'accuracy', 'accuracy_judge', 'l1', 'fid_classifier', 'is_classifier',
+                                        'is_classifier_std'}
     (run / 'metrics.json').unlink(), (run / 'grid.png').unlink()
     # the newest run below runs/
     done = command(HERE / 'evaluate.py', '--device', 'cpu', '--batch-size', '13', cwd=run.parent.parent)
@@ -1261,7 +1382,7 @@ def test_evaluate_refuses_data_of_other_classes(trained, data, refused):
 
 def test_grid_shows_the_pictures_in_their_place(tmp_path):
     red, half = torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 32, 32), torch.zeros(3, 32, 32)
-    evaluate.draw_grid([('one', [evaluate.picture(red), evaluate.picture(half)])], ['a', 'b'], tmp_path / 'grid.png')
+    evaluate.draw_grid([('one', dict(a=evaluate.picture(red), b=evaluate.picture(half)))], tmp_path / 'grid.png')
     sheet = np.asarray(Image.open(tmp_path / 'grid.png').convert('RGB'))
     assert tuple(sheet[28 + 64, 130 + 64]) == (255, 0, 0) and tuple(sheet[28 + 64, 130 + 132 + 64]) == (128, 128, 128)
     assert (sheet[:28] < 128).any() and (sheet[28:, :120] < 128).any()       # titles and name

@@ -8,7 +8,6 @@ All settings are the paper's unless a flag says otherwise; without --data a smal
 is one folder: config.json, classifier.pt, checkpoint.pt, log.csv, samples/, metrics.json, grid.png.
 """
 import argparse
-import copy
 import csv
 import json
 import sys
@@ -16,13 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from cargan import (CARGAN, VARIANTS, Classifier, PatchDiscriminator, classification_loss, discriminator_loss,
                     generator_loss, l1_loss, objective)
-from evaluate import (choose_device, evaluate_run, example_clips, load_config, load_file, load_state, measure_accuracy,
-                      stage_grid)
+from evaluate import (choose_device, evaluate_run, example_clips, load_config, load_file, load_state, report,
+                      stage_grid, train_classifier)
 from preprocess import InputError, Progress, default_cache, demo_data, open_dataset, reason, run_command, written_whole
 
 # What `python train.py` without --data changes: small enough for two CPU cores and ten minutes.
@@ -138,7 +136,10 @@ def get_classifier(args, dataset, run, device, gpus):
         print(f'classifier: {source}, accuracy {state["accuracy"]:.4f} on the validation frames')
     else:
         classifier = new_classifier(args, len(dataset.classes))
-        state = train_classifier(classifier.to(device), dataset, args, device, gpus)
+        state = train_classifier(
+            classifier.to(device), dataset, epochs=args.classifier_epochs, accuracy=args.classifier_accuracy,
+            lr=args.classifier_lr or (1e-4 if args.pretrained else 1e-3), batch_size=args.batch_size, seed=args.seed,
+            device=device, gpus=gpus)
     if not path.exists():
         with written_whole(path) as part:
             torch.save(state, part)
@@ -154,40 +155,6 @@ def new_classifier(args, num_classes):
         name = args.classifier_weights or 'the ImageNet weights of ResNet50'
         raise InputError(f"{name}: not to be had ({reason(error)}); give torchvision's resnet50-0676ba61.pth with "
                          '--classifier-weights PATH, or go without: --no-pretrained') from error
-
-
-def train_classifier(classifier, dataset, args, device, gpus):
-    """Train C on the real frames until it has --classifier-accuracy on the validation frames, or for
-    --classifier-epochs. The best epoch counts. Returns the state to be kept.
-    """
-    parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
-    rate = args.classifier_lr or (1e-4 if args.pretrained else 1e-3)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=rate, fused=True)
-    progress, best = Progress(sys.stdout), dict(accuracy=-1.0)
-    for epoch in range(1, args.classifier_epochs + 1):
-        classifier.train()
-        for i, (_, image, label) in enumerate(dataset.train.batches(args.batch_size, device, args.seed + epoch), 1):
-            loss = F.cross_entropy(parallel(image), label)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if progress.due():
-                progress(f'classifier epoch {epoch}/{args.classifier_epochs}  '
-                         f'step {i}/{dataset.train.count(args.batch_size)}  loss {loss.item():.4f}')
-        accuracy = measure_accuracy(classifier.eval(), dataset.validation, args.batch_size, device)
-        progress(f'classifier epoch {epoch}/{args.classifier_epochs}  loss {loss.item():.4f}  '
-                 f'accuracy {accuracy:.4f} on the validation frames', last=True)
-        if accuracy > best['accuracy']:
-            best = dict(classifier=copy.deepcopy(classifier.state_dict()), classes=dataset.classes,
-                        accuracy=accuracy, epoch=epoch)
-        if accuracy >= args.classifier_accuracy:
-            break
-    classifier.load_state_dict(best['classifier'])
-    reached = best['accuracy'] >= args.classifier_accuracy
-    print(f'classifier: accuracy {best["accuracy"]:.4f}, ' + (
-        f'{args.classifier_accuracy} reached in epoch {best["epoch"]}' if reached else
-        f'stopped by --classifier-epochs {args.classifier_epochs}: {args.classifier_accuracy} was not reached'))
-    return best
 
 
 # --------------------------------------------------------------------------------------------- GAN
@@ -418,7 +385,7 @@ def main(argv=None):
         trainer.load(run / 'checkpoint.pt')
         print(f'resumed after epoch {trainer.epoch} of {args.epochs}')
     train_gan(trainer, dataset, args, run)
-    evaluate_run(run, config, trainer.model, dataset, args.batch_size, device)
+    report(run, config, evaluate_run(run, config, trainer.model, dataset, device), dataset)
 
 
 if __name__ == '__main__':
