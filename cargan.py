@@ -110,7 +110,7 @@ class UNetGenerator(nn.Module):
         x = skips.pop()                                              # (B, 8 base, 1, 1)
         for up in self.up[:-1]:
             x = torch.cat([up(x), skips.pop()], dim=1)               # (B, 2 width[i-1], S/2^i, ...)
-        return self.up[-1](x).tanh()                                 # (B, out_channels, S, S)
+        return self.up[-1](x).float().tanh()                         # (B, out_channels, S, S)
 
 
 class PatchDiscriminator(nn.Module):
@@ -136,7 +136,7 @@ class PatchDiscriminator(nn.Module):
         init_weights(self, init_std)
 
     def forward(self, pair):                                         # (B, C_a + 3, S, S)
-        return self.layers(pair)                                     # (B, 1, S/8 - 2, S/8 - 2)
+        return self.layers(pair).float()                             # (B, 1, S/8 - 2, S/8 - 2)
 
 
 class Classifier(nn.Module):
@@ -162,7 +162,7 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, image):                                        # (B, 3, S, S)
-        return self.resnet(((image + 1) / 2 - self.mean) / self.std)  # (B, num_classes)
+        return self.resnet(((image + 1) / 2 - self.mean) / self.std).float()      # (B, num_classes)
 
 
 class ResidueModule(nn.Module):

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torchvision.models import resnet18
 
-from cargan import CARGAN
+from cargan import CARGAN, VARIANTS
 from preprocess import (InputError, Progress, default_cache, demo_data, log_mel_spectrogram, network_lms, open_dataset,
                         read_wav, reason, run_command, written_whole)
 
@@ -45,18 +45,30 @@ JUDGE_VERSION, JUDGE_SEED = 1, 190701826     # the version is raised whenever th
 
 # ------------------------------------------------------------------------------------- a run, loaded
 
-def load_file(path, *keys):
+def load_file(path, **kinds):
     """Load the dict in a .pt file to the CPU without running anything in it. Raises InputError, naming
-    the file, where it cannot be read or lacks one of the keys.
+    the file, where it cannot be read or lacks one of the keys, or where that is of another kind.
     """
+    if not Path(path).is_file():        # a pipe would be waited for
+        raise InputError(f'{path}: no such file')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:      # torch answers a broken file with many kinds
         raise InputError(f'{path}: not a file of weights that can be read ({reason(error)})') from error
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise InputError(f'{path}: not a file that train.py wrote (no {missing[0]!r} in it)')
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise InputError(f'{path}: not a file that train.py wrote (no good {key!r} in it)')
     return state
+
+
+def save_file(state, path):
+    """Write a .pt file, whole or not at all. Raises InputError, naming it, where the disk is full."""
+    try:
+        with written_whole(path) as part:
+            torch.save(state, part)
+    except (OSError, RuntimeError) as error:        # torch answers a full disk with the latter
+        raise InputError(f'{path}: cannot be written ({reason(error)}); what was there before is still whole. '
+                         'Make room, and go on with --resume') from error
 
 
 def load_state(module, state, path):
@@ -71,17 +83,35 @@ def load_config(run):
     """The settings of a run, as train.py wrote them. Raises InputError where `run` is none."""
     path = Path(run) / 'config.json'
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        if not path.is_file():
+            raise ValueError('no such file')
+        config = json.loads(path.read_text())
+        size, base, disc_base = (config[name] for name in ('size', 'base', 'disc_base'))
+        if not all(type(n) is int and 0 < n <= 4096 for n in (size, base, disc_base)) or size < 32 or size & size - 1:
+            raise ValueError(f'sizes {size}, {base}, {disc_base}')
+        if config['variant'] not in VARIANTS:
+            raise ValueError(f'variant {config["variant"]!r}')
+        for name in ('data', 'cache'):
+            if not isinstance(config[name], (str, type(None))):
+                raise ValueError(f'{name} {config[name]!r}')
+        if not isinstance(config.get('classes', []), list) or config.get('lms_channels', 1) not in (1, 3):
+            raise ValueError('classes or lms_channels')
+        return config
+    except KeyError as error:
+        raise InputError(f'{run}: not a run of train.py (config.json: no {error} in it)') from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
 
 
 def load_run(run, device='cpu'):
     """A run's settings and its CARGAN in eval mode: (config, model)."""
     config, path = load_config(run), Path(run) / 'checkpoint.pt'
+    state = load_file(path, model=dict)['model']
+    if 'classes' not in config or 'lms_channels' not in config:
+        raise InputError(f'{run}: not a run of train.py (config.json: no classes in it)')
     model = CARGAN(len(config['classes']), config['size'], config['base'], config['variant'],
                    config['lms_channels'])
-    load_state(model, load_file(path, 'model')['model'], path)
+    load_state(model, state, path)
     return config, model.to(device).eval()
 
 
@@ -333,26 +363,37 @@ def inception_score(probabilities, splits=10):
 # -------------------------------------------------------------------------------------- classifiers
 
 def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3, accuracy=0.9956, batch_size=32,
-                     seed=0, device='cpu', gpus=()):
+                     seed=0, device='cpu', gpus=(), part=None, pause=None):
     """Train a classifier on the real frames until it recognises the share `accuracy` of the validation
     frames, or for `epochs`. The best epoch counts. Returns the state to be kept.
+
+    After each step pause(save) is called; save() writes all that is needed to go on to the file `part`,
+    and where that file is, the training goes on from there.
     """
     parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
     optimizer = torch.optim.Adam(classifier.parameters(), lr=lr, fused=True)
-    progress, best = Progress(sys.stdout), dict(accuracy=-1.0)
-    for epoch in range(1, epochs + 1):
+    progress, best, begun, done = Progress(sys.stdout), dict(accuracy=-1.0), 1, 0
+    if part is not None and part.exists():
+        state = load_file(part, classifier=dict, optimizer=dict, best=dict, epoch=int, done=int)
+        load_state(classifier, state['classifier'], part)
+        load_state(optimizer, state['optimizer'], part)
+        best, begun, done = state['best'], state['epoch'], state['done']
+    for epoch in range(begun, epochs + 1):
         classifier.train()
-        for i, (_, image, label) in enumerate(dataset.train.batches(batch_size, device, seed + epoch), 1):
+        for _, image, label in dataset.train.batches(batch_size, device, seed + epoch, start=done):
             loss = F.cross_entropy(parallel(image), label)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            done += 1
             if progress.due():
-                progress(f'{name} epoch {epoch}/{epochs}  step {i}/{dataset.train.count(batch_size)}  '
+                progress(f'{name} epoch {epoch}/{epochs}  step {done}/{dataset.train.count(batch_size)}  '
                          f'loss {loss.item():.4f}')
-        found = measure_accuracy(classifier.eval(), dataset.validation, batch_size, device)
-        progress(f'{name} epoch {epoch}/{epochs}  loss {loss.item():.4f}  accuracy {found:.4f} on the validation '
-                 'frames', last=True)
+            if pause is not None:
+                pause(lambda: save_file(dict(classifier=classifier.state_dict(), optimizer=optimizer.state_dict(),
+                                             best=best, epoch=epoch, done=done), part))
+        done, found = 0, measure_accuracy(classifier.eval(), dataset.validation, batch_size, device)
+        progress(f'{name} epoch {epoch}/{epochs}  accuracy {found:.4f} on the validation frames', last=True)
         if found > best['accuracy']:
             best = dict(classifier=copy.deepcopy(classifier.state_dict()), classes=dataset.classes,
                         accuracy=found, epoch=epoch)
@@ -414,8 +455,7 @@ def digest(network):
 def keep(path, key, state):
     """Write a dict for load_kept(); where the cache is read-only, it will be made again."""
     if os.access(path.parent, os.W_OK):
-        with written_whole(path) as part:
-            torch.save(dict(state, key=key), part)
+        save_file(dict(state, key=key), path)
 
 
 # ------------------------------------------------------------------------------------------ figures

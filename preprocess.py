@@ -412,15 +412,38 @@ class Split:
         self.lms, self.frames, self.rows, self.size = lms, frames, rows, size
         self.labels = torch.tensor(labels)[rows]
         self.stems = [stems[row] for row in rows]
+        self.resident = None        # (lms, frames, labels) on a GPU
 
     def __len__(self):
         return len(self.rows)
 
+    def to(self, device):
+        """Move the whole split to a GPU where it takes no more than half of the memory that is free
+        there: then no batch waits for the disk or the bus. Returns the split.
+        """
+        size = len(self) * (self.lms[0].nbytes + self.frames[0].nbytes)
+        if torch.device(device).type == 'cuda' and size <= torch.cuda.mem_get_info(device)[0] / 2:
+            self.resident = [torch.cat([torch.from_numpy(array[rows]).to(device)
+                                        for rows in np.array_split(self.rows, ceil(len(self) / 1024))])
+                             for array in (self.lms, self.frames)] + [self.labels.to(device)]
+        return self
+
     def batch(self, indices, device='cpu'):
         """The pairs of these indices (a sequence of int) as one batch."""
-        rows = self.rows[np.asarray(indices)]
-        lms, frames = (torch.from_numpy(array[rows]).to(device) for array in (self.lms, self.frames))
-        return network_lms(lms, self.size), _signed(frames), self.labels[indices].to(device)
+        return self._convert(self._read(torch.as_tensor(indices), device), device)
+
+    def _read(self, indices, device):
+        """The packed pairs of these indices, in memory from which a copy to a GPU need not wait."""
+        if self.resident:
+            indices = indices.to(device, non_blocking=True)
+            return [tensor[indices] for tensor in self.resident]
+        rows = self.rows[indices.numpy()]
+        packed = [torch.from_numpy(self.lms[rows]), torch.from_numpy(self.frames[rows]), self.labels[indices]]
+        return [tensor.pin_memory() for tensor in packed] if torch.device(device).type == 'cuda' else packed
+
+    def _convert(self, packed, device):
+        lms, frames, labels = (tensor.to(device, non_blocking=True) for tensor in packed)
+        return network_lms(lms, self.size), _signed(frames), labels
 
     def order(self, seed=None):
         """The indices of all pairs (n,): as they lie, or shuffled as `seed` says (the same seed, the
@@ -430,10 +453,27 @@ class Split:
             return torch.arange(len(self))
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
-    def batches(self, batch_size, device='cpu', seed=None):
-        """All pairs once, in that order, in ceil(n / batch_size) batches of nearly equal size."""
-        for indices in self.order(seed).tensor_split(self.count(batch_size)):
-            yield self.batch(indices, device)
+    def indices(self, batch_size, seed=None):
+        """The indices of each batch: all pairs once, in that order, in ceil(n / batch_size) batches of
+        nearly equal size.
+        """
+        return self.order(seed).tensor_split(self.count(batch_size))
+
+    def batches(self, batch_size, device='cpu', seed=None, start=0, part=0, parts=1):
+        """The batches of an epoch, from batch `start` on; of each the `part`th of so many `parts`. Each is
+        read in a thread while the one before is in use.
+        """
+        mine = [indices.tensor_split(parts)[part] for indices in self.indices(batch_size, seed)[start:]]
+        with ThreadPoolExecutor(1) as reader:
+            coming = None
+            for indices in mine + [None]:
+                ready, coming = coming, None if indices is None else reader.submit(self._read, indices, device)
+                if ready is not None:
+                    yield self._convert(ready.result(), device)
+
+    def count(self, batch_size):
+        """The number of batches in an epoch."""
+        return ceil(len(self) / batch_size)
 
     def loudness(self):
         """How loud each clip is (n,): the mean power of its mel bands in dB; of LMS drawn as pictures,
@@ -443,10 +483,6 @@ class Split:
         if self.lms.dtype == np.uint8:
             return torch.tensor([x.mean() for x in lms])
         return torch.tensor([10 * np.log10((10 ** (x / 10)).mean()) for x in lms])
-
-    def count(self, batch_size):
-        """The number of batches in an epoch."""
-        return ceil(len(self) / batch_size)
 
 
 def network_lms(lms, size):

@@ -1,13 +1,18 @@
 """The tests: python -m pytest. On a CPU, without network and without any data but the demo's."""
 import copy
 import csv
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import linalg, signal
+from scipy import linalg
+from scipy.signal import resample_poly
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -185,7 +191,7 @@ def test_lms_is_absolute_and_exactly_half_a_second():
     np.testing.assert_array_equal(lms(noise[:5000], 22050), lms(np.pad(noise[:5000], (0, 6025)), 22050))
     for rate in (8000, 44100, 48000, 192000):       # cut before or after resampling, it is the same
         common = math.gcd(rate, 22050)
-        whole = signal.resample_poly(noise.astype(np.float64), 22050 // common, rate // common)
+        whole = resample_poly(noise.astype(np.float64), 22050 // common, rate // common)
         np.testing.assert_allclose(lms(noise, rate), lms(whole, 22050), atol=1e-2)
 
 
@@ -830,19 +836,296 @@ def same(a, b):
     return a == b
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(trained, demo, tmp_path):
+def run_flags(demo, cache, out, *more):
+    """The command of the fixture `trained`, into another folder."""
+    return ['--data', str(demo), '--cache', str(cache), '--out', str(out), '--epochs', '2', '--sample-every', '1',
+            '--device', 'cpu', *SMALL, *map(str, more)]
+
+
+@pytest.mark.parametrize('number, step', [(signal.SIGINT, 2), (signal.SIGTERM, 4 + 6), (signal.SIGINT, 4 + 11)])
+def test_a_signal_ends_the_step_and_the_resumed_run_is_the_uninterrupted_one(trained, demo, tmp_path, capsys, number,
+                                                                              step):
+    """C makes the first 4 steps of Adam, then G and D make one each a step: stopped in C, after a D step
+    and between G's and D's.
+    """
     run, cache = trained
-    half = tmp_path / 'half'
-    train.main(['--data', str(demo), '--cache', str(cache), '--out', str(half), '--epochs', '1',
-                '--device', 'cpu', *SMALL])
-    assert states(half)['epoch'] == 1 and not same(states(half)['model'], states(run)['model'])
-    with open(half / 'log.csv', 'a') as file:
-        file.write('5,2,1,1,1,1\n6,2,0.5')           # a step after the checkpoint, and half a line
+    half, count, adam = tmp_path / 'half', itertools.count(1), torch.optim.Adam.step
+
+    def stop(*args, **more):
+        if next(count) == step:
+            os.kill(os.getpid(), number)
+        return adam(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(torch.optim.Adam, 'step', stop)
+        train.main(run_flags(demo, cache, half))
+    assert end.value.code == 128 + number and next(count) == step + (2 if step % 2 else 1)
+    assert f'python train.py --resume {half}' in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL        # given back
+    with open(half / 'log.csv', 'a') if step > 4 else nullcontext() as file:
+        if file:
+            file.write('7,2,1,1,1,1\n8,2,0.5')          # steps after the checkpoint, and half a line
     (half / 'checkpoint.pt.part').write_bytes(b'half a checkpoint')
-    train.main(['--resume', str(half), '--epochs', '2', '--device', 'cpu'])
+    train.main(['--resume', str(half), '--device', 'cpu'])
+    assert f'resumed after {(step - 4) // 8} of 2 epochs' in capsys.readouterr().out or step == 2
     assert same(states(half), states(run))
     assert (half / 'log.csv').read_text() == (run / 'log.csv').read_text()
     assert json.loads((half / 'metrics.json').read_text()) == json.loads((run / 'metrics.json').read_text())
+    assert {path.name for path in half.iterdir()} == {path.name for path in run.iterdir()}
+
+
+def test_a_second_sigint_ends_at_once(trained, demo, tmp_path):
+    flags = run_flags(demo, trained[1], tmp_path / 'run', '--classifier', trained[0] / 'classifier.pt')
+    code = ('import os, signal, train\n'
+            'def stop(*args, **more):\n'
+            '    os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)\n'
+            'train.torch.optim.Adam.step = stop\n'
+            f'train.main({flags})')
+    done = command('-c', code, env=dict(os.environ, PYTHONPATH=str(HERE)))
+    assert done.returncode == -signal.SIGINT and 'finishing the step' in done.stderr
+    assert not (tmp_path / 'run/checkpoint.pt').exists()
+
+
+def test_killed_runs_go_on_to_the_same_end(demo, tmp_path):
+    """kill -9 at a random moment, from the first import to the last figure, then --resume. By hand:
+    CARGAN_KILLS=30 python -m pytest -s -k killed_runs
+    """
+    kills, rng, equal = int(os.environ.get('CARGAN_KILLS', 1)), np.random.default_rng(), 0
+    words = [HERE / 'train.py', *run_flags(demo, tmp_path / 'cache', tmp_path / 'run', '--save-minutes', '0')]
+    start = time.monotonic()
+    assert command(*words).returncode == 0
+    whole, expected = time.monotonic() - start, states(tmp_path / 'run')
+    log = (tmp_path / 'run/log.csv').read_text()
+    for trial in range(1, kills + 1):
+        shutil.rmtree(tmp_path / 'run'), shutil.rmtree(tmp_path / 'cache')
+        moment = rng.uniform(0, whole)
+        with pytest.raises(subprocess.TimeoutExpired):      # killed with -9 when the time is over
+            while True:                                     # a run that was faster than the first: once more
+                command(*words, timeout=moment)
+                shutil.rmtree(tmp_path / 'run'), shutil.rmtree(tmp_path / 'cache')
+        begun = (tmp_path / 'run/config.json').exists()
+        done = command(HERE / 'train.py', '--resume', tmp_path / 'run', '--device', 'cpu') if begun else command(*words)
+        assert done.returncode == 0, done.stderr
+        equal += same(states(tmp_path / 'run'), expected) and (tmp_path / 'run/log.csv').read_text() == log
+        print(f'killed after {moment:.1f} of {whole:.1f} s: {equal} of {trial} ended as the uninterrupted run',
+              flush=True)
+    assert equal == kills
+    left = {path.name for path in (tmp_path / 'cache').iterdir()} | {path.name for path in (tmp_path / 'run').iterdir()}
+    assert not [name for name in left if 'part' in name or 'building' in name]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, demo, tmp_path, refused):
+    run, cache = trained
+    out = tmp_path / 'run'
+    flags = run_flags(demo, cache, out, '--lr', '1e25', '--save-minutes', '0', '--classifier', run / 'classifier.pt')
+    line = refused(train, flags, out / 'bad-batch.txt', out / 'checkpoint.pt', '--resume', '--lr').splitlines()[-1]
+    name, step = re.search(r'error: (L_\w+) is \S+ at step (\d+), epoch 1:', line).groups()
+    text = (out / 'bad-batch.txt').read_text().splitlines()
+    split = preprocess.open_dataset(demo, 32, cache).train
+    assert text[0].startswith(name) and text[1:] == [
+        split.stems[i] for i in split.indices(13, 1000003)[int(step) - 1]]
+    kept = states(out)
+    assert kept['steps'] == int(step) - 1 and all(tensor.isfinite().all() for tensor in kept['model'].values())
+    rows = list(csv.reader(open(out / 'log.csv')))
+    assert rows[-1][0] == step and not math.isfinite(float(rows[-1][2 + train.LOSSES.index(name)]))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    ours = trainer()
+    ours.save(tmp_path / 'checkpoint.pt')
+    before = (tmp_path / 'checkpoint.pt').read_bytes()
+    ours.model.G2.down[0][0].weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match='G2.down.0.0.weight is not finite after step 0.*last good'):
+        ours.save(tmp_path / 'checkpoint.pt')
+    assert (tmp_path / 'checkpoint.pt').read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(trained, tmp_path):
+    run, cache = trained
+    shutil.copytree(run, tmp_path / 'run')
+    code = ('import resource, train; from preprocess import run_command\n'
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n'        # no file may grow beyond that
+            f'run_command(lambda: train.main(["--resume", {str(tmp_path / "run")!r}, "--epochs", "3"]))')
+    done = command('-c', code, env=dict(os.environ, PYTHONPATH=str(HERE)))
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    for words in (str(tmp_path / 'run/checkpoint.pt'), 'cannot be written', 'still whole', '--resume'):
+        assert words in done.stderr.splitlines()[-1]
+    assert same(states(tmp_path / 'run'), states(run)) and not list((tmp_path / 'run').glob('*part*'))
+
+
+def test_two_runs_into_one_folder(trained, demo, tmp_path, refused):
+    run, cache = trained
+    shutil.copytree(run, tmp_path / 'run')
+    args = train.parse_args(['--resume', str(tmp_path / 'run')])
+    with train.open_run(args):
+        refused(train, ['--resume', tmp_path / 'run', '--device', 'cpu'], tmp_path / 'run', 'another process', '--out')
+    with train.open_run(args):          # free again
+        pass
+
+
+def spoil(run, kind):
+    """Put something hostile or broken in place of a file of a run; returns the file."""
+    checkpoint, config = run / 'checkpoint.pt', run / 'config.json'
+    path = config if kind.startswith('config') else checkpoint
+    state, settings = states(run), json.loads(config.read_text())
+    path.unlink()
+    if kind.endswith('directory'):
+        path.mkdir()
+    elif kind.endswith('pipe'):
+        os.mkfifo(path)
+    elif kind.endswith('dangling'):
+        path.symlink_to('nowhere')
+    elif kind.endswith('cut'):
+        path.write_bytes(b'PK' + bytes(1000) if path == checkpoint else b'{"size": 3')
+    elif path == config:
+        changes = {'list': [], 'nothing': {}, 'size': dict(settings, size=10 ** 9), 'text': dict(settings, size='32'),
+                   'variant': dict(settings, variant=['E']), 'data': dict(settings, data=5),
+                   'classes': dict(settings, classes=None)}
+        path.write_text(json.dumps(changes[kind.split()[-1]]))
+    else:
+        if kind == 'code':
+            state['model'] = Harm(str(run / 'harm'))
+        elif kind == 'a list':
+            state = [1, 2]
+        elif kind == 'shapes':
+            state['model']['G1.down.0.0.weight'] = torch.zeros(1)
+        elif kind == 'optimiser':
+            state['G_optimizer']['state'][0]['exp_avg'] = torch.zeros(1)
+        elif kind == 'random':
+            state['random'] = [(torch.zeros(3), [])]
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize('kind', ['config directory', 'config pipe', 'config dangling', 'config cut', 'config list',
+                                  'config nothing', 'config size', 'config text', 'config variant', 'config data',
+                                  'config classes', 'directory', 'pipe', 'dangling', 'cut', 'code', 'a list', 'shapes',
+                                  'optimiser', 'random'])
+def test_a_spoilt_run_is_named_by_every_command(trained, demo, tmp_path, refused, kind):
+    run = shutil.copytree(trained[0], tmp_path / 'run')
+    path = spoil(run, kind)
+    clip = next((demo / 'chunk/validation/sax').iterdir())
+    words = path.name if path.name == 'config.json' else path
+    refused(train, ['--resume', run, '--epochs', '3', '--device', 'cpu'], words)
+    if kind not in ('optimiser', 'random'):         # an evaluation does not look at these
+        refused(evaluate, [run, '--device', 'cpu'], words)
+        refused(evaluate, [run, '--audio', clip, '--label', 'sax', '--out', tmp_path / 'x.png'], words)
+    assert not (run / 'harm').exists() and not (tmp_path / 'x.png').exists()
+
+
+def test_other_files_of_weights_cannot_run_code_either(trained, demo, tmp_path, refused):
+    run, cache = trained
+    for name, key in (('classifier.pt', 'classifier'), ('inception.pth', 'fc.bias'), ('resnet50.pth', 'fc.bias')):
+        torch.save({key: Harm(str(tmp_path / 'harm')), 'classes': [], 'accuracy': 1.0}, tmp_path / name)
+    flags = run_flags(demo, cache, tmp_path / 'run')
+    refused(train, [*flags, '--classifier', tmp_path / 'classifier.pt'], tmp_path / 'classifier.pt')
+    refused(train, [flag for flag in flags if flag != '--no-pretrained']
+            + ['--classifier-weights', tmp_path / 'resnet50.pth'], tmp_path / 'resnet50.pth')
+    refused(evaluate, [run, '--inception', tmp_path / 'inception.pth'], tmp_path / 'inception.pth')
+    spoilt = shutil.copytree(run, tmp_path / 'spoilt')
+    (spoilt / 'checkpoint.pt').unlink()
+    for name in ('classifier.pt', 'classifier-part.pt'):
+        (spoilt / 'classifier.pt').unlink(missing_ok=True)
+        shutil.copy(tmp_path / 'classifier.pt', spoilt / name)
+        refused(train, ['--resume', spoilt, '--device', 'cpu'], spoilt / name)
+    torch.save(dict(classifier={}, optimizer={}, best={}, epoch=1, done=0), spoilt / 'classifier-part.pt')
+    refused(train, ['--resume', spoilt, '--device', 'cpu'], spoilt / 'classifier-part.pt', 'another network')
+    assert not (tmp_path / 'harm').exists() and not (tmp_path / 'run').exists()
+
+
+def test_out_of_memory_names_what_would_fit(trained, demo, tmp_path, refused, monkeypatch):
+    """No GPU is needed to see what is said when one is too small."""
+    run, cache = trained
+    forward = cargan.CARGAN.forward
+
+    def small(self, lms, label):
+        if self.training and len(label) > 4:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return forward(self, lms, label)
+
+    monkeypatch.setattr(cargan.CARGAN, 'forward', small)
+    flags = run_flags(demo, cache, tmp_path / 'run', '--classifier', run / 'classifier.pt')
+    refused(train, flags, '--batch-size 13 does not fit', '--batch-size 3 would fit', '--accumulate 5')
+    train.main([*flags[:4], '--out', str(tmp_path / 'parts'), *flags[6:], '--epochs', '1', '--accumulate', '5'])
+    assert states(tmp_path / 'parts')['steps'] == 4
+
+
+@pytest.mark.parametrize('amp', ['off', 'bf16'])
+def test_accumulated_parts_are_the_whole_batch(amp):
+    steps = []
+    for parts in '1', '3', '99':
+        ours = trainer('--dropout', '0', '--accumulate', parts, '--amp', amp)
+        ours.model.eval(), ours.D.eval()            # BatchNorm would see each part alone
+        losses = ours.step(*batch(7))
+        steps.append((losses, [p.grad for p in (*ours.model.G1.parameters(), *ours.D.parameters())]))
+    for losses, grads in steps[1:]:
+        torch.testing.assert_close(losses, steps[0][0], rtol=1e-4 if amp == 'off' else 1e-2, atol=1e-5)
+        if amp == 'off':
+            torch.testing.assert_close(grads, steps[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_mixed_precision_keeps_pictures_losses_and_residue_in_float32():
+    exact, ours = trainer('--dropout', '0'), trainer('--dropout', '0', '--amp', 'bf16')
+    lms, image, label = batch()
+    widths = []
+    ours.model.G1.down[1][1].register_forward_hook(lambda _, inputs, output: widths.append(output.dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        coarse, fine, logits = ours.model(lms, label)
+        _, residue = ours.model.residue(coarse, label)
+        judged = ours.D(torch.cat([lms, fine], dim=1))
+    assert {x.dtype for x in (coarse, fine, logits, residue, judged)} == {torch.float32}
+    assert widths == [torch.bfloat16]
+    torch.testing.assert_close(ours.step(lms, image, label), exact.step(lms, image, label), rtol=0.05, atol=0.05)
+    assert all(p.dtype == torch.float32 for p in ours.model.parameters())
+
+
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    """The one goes through the batch in the others' parts: Adam makes a step as long as any other of a gradient
+    that is no more than rounding, and that differs between a batch and its parts.
+    """
+    (tmp_path / 'steps.py').write_text(f'''
+import sys, torch, train
+args = train.make_parser().parse_args({[*SMALL, "--dropout", "0", "--device", "cpu"]})
+args.accumulate = int(sys.argv[2])
+with train.distributed(args):
+    ours = train.Trainer(args, 5, 1, None, torch.device("cpu"))
+    ours.model.eval(), ours.D.eval()
+    for step in range(5):
+        torch.manual_seed(step)
+        batch = torch.rand(7, 1, 32, 32) * 2 - 1, torch.rand(7, 3, 32, 32) * 2 - 1, torch.arange(7) % 5
+        ours.step(*(x.tensor_split(train.world())[train.rank()] for x in batch), size=7)     # 4 and 3, or 7
+    if train.rank() == 0:
+        torch.save(dict(world=train.world(), model=ours.model.state_dict(), D=ours.D.state_dict()), sys.argv[1])
+''')
+    made = []
+    for words, parts in (([], 2), (TORCHRUN, 1)):
+        done = command(*words, tmp_path / 'steps.py', tmp_path / 'made.pt', parts,
+                       env=dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS='1'))
+        assert done.returncode == 0, done.stderr
+        made.append(torch.load(tmp_path / 'made.pt', weights_only=True))
+    assert [state['world'] for state in made] == [1, 2]
+    for name in ('model', 'D'):
+        torch.testing.assert_close(made[1][name], made[0][name], rtol=0, atol=1e-5)
+
+
+def test_two_processes_train_resume_and_evaluate(trained, demo, tmp_path):
+    run, cache = trained
+    words = run_flags(demo, cache, tmp_path / 'run', '--epochs', '1', '--classifier', run / 'classifier.pt')
+    for words in (words, ['--resume', tmp_path / 'run', '--epochs', '2', '--device', 'cpu']):
+        done = command(*TORCHRUN, HERE / 'train.py', *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f'run {tmp_path / "run"}:') == 1               # rank 0 alone speaks
+    assert 'resumed after 1 of 2 epochs' in done.stdout and 'real frames' in done.stdout
+    rows = list(csv.reader(open(tmp_path / 'run/log.csv')))
+    assert [row[0] for row in rows[1:]] == [str(step) for step in range(1, 9)]
+    state = states(tmp_path / 'run')
+    assert state['steps'] == 8 and len(state['random']) == 2 and not same(*state['random'])
+    first = [float(list(csv.reader(open(folder / 'log.csv')))[1][2]) for folder in (run, tmp_path / 'run')]
+    assert first[0] == pytest.approx(first[1], rel=0.2)     # L_C of the same batch, but for BatchNorm and dropout
+    evaluate.main([str(tmp_path / 'run'), '--device', 'cpu'])
 
 
 def test_a_run_is_one_folder(trained):
@@ -885,7 +1168,7 @@ def test_the_classifier_stops_when_it_is_good_enough(demo, tmp_path, capsys):
     classifier = cargan.Classifier(13, pretrained=False)
     best = evaluate.train_classifier(classifier, dataset, epochs=4, accuracy=0.01)
     out = capsys.readouterr().out
-    assert f'0.01 reached in epoch {best["epoch"]}' in out and out.count('loss') == best['epoch']
+    assert f'0.01 reached in epoch {best["epoch"]}' in out and out.count('epoch') == best['epoch'] + 1
     assert best['accuracy'] == evaluate.measure_accuracy(classifier.eval(), dataset.validation)
     evaluate.train_classifier(classifier, dataset, epochs=1, accuracy=1.1)
     assert 'the best of 1 epochs; 1.1 was not reached' in capsys.readouterr().out
@@ -898,7 +1181,7 @@ def test_imagenet_weights(demo, tmp_path, refused, no_network):
     classifier = cargan.Classifier(13, pretrained=str(tmp_path / 'resnet50.pth'))
     assert torch.equal(classifier.resnet.layer4[2].conv3.weight, source.layer4[2].conv3.weight)
     assert classifier.resnet.fc.out_features == 13
-    flags = ['--data', demo, '--size', 32, '--out', tmp_path / 'run', '--device', 'cpu']
+    flags = ['--data', demo, '--size', 32, '--batch-size', 13, '--out', tmp_path / 'run', '--device', 'cpu']
     refused(train, flags, 'ImageNet weights', '--classifier-weights PATH', '--no-pretrained')
     torch.save({'a': torch.zeros(1)}, tmp_path / 'wrong.pth')
     refused(train, [*flags, '--classifier-weights', tmp_path / 'wrong.pth'], 'wrong.pth', '--no-pretrained')
@@ -913,8 +1196,25 @@ def test_wrong_use_is_one_line(trained, demo, tmp_path, refused, capsys):
     refused(train, ['--data', demo, '--gpus', 'all'], '--gpus all')
     refused(train, ['--data', demo, '--device', 'gpu'], '--device gpu')
     for flags in (['--size', '100'], ['--batch-size', '0'], ['--lr', '-1'], ['--variant', 'F'], ['--epochs', 'x'],
-                  ['--dropout', '1']):
+                  ['--dropout', '1'], ['--accumulate', '0'], ['--amp', 'fp8']):
         refused(train, flags, *flags)
+    refused(train, ['--amp', 'fp16', '--device', 'cpu'], '--amp fp16', 'GPU')
+    refused(train, ['--sync-bn', '--device', 'cpu'], '--sync-bn', 'torchrun')
+    small = ['--data', demo, '--cache', cache, '--device', 'cpu', '--size', 32]
+    refused(train, [*small, '--out', tmp_path / 'big', '--batch-size', 53], '--batch-size 52 is the most')
+    taken = tmp_path / 'file'
+    taken.touch()
+    refused(train, [*small, '--out', taken / 'run', '--batch-size', 13, '--no-pretrained'], taken, '--out')
+    refused(train, [*small, '--out', '/proc/run', '--batch-size', 13, '--no-pretrained'], '/proc/run', '--out')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full/mine.txt').write_text('keep me')
+    refused(train, [*small, '--out', tmp_path / 'full'], tmp_path / 'full', '--out')
+    for part in ('chunk', 'img'):
+        for split in ('train', 'validation'):
+            shutil.copytree(demo / part / split / 'tuba', tmp_path / 'one' / part / split / 'tuba')
+    refused(train, ['--data', tmp_path / 'one', '--cache', tmp_path / 'c', '--out', tmp_path / 'run'], tmp_path / 'one',
+            'one class')
+    assert not (tmp_path / 'run').exists() and not (tmp_path / 'big').exists()      # nothing was begun
     with pytest.raises(SystemExit) as stop:
         train.main(['--help'])
     out = capsys.readouterr().out
