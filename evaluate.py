@@ -392,6 +392,8 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3,
             if pause is not None:
                 pause(lambda: save_file(dict(classifier=classifier.state_dict(), optimizer=optimizer.state_dict(),
                                              best=best, epoch=epoch, done=done), part))
+        if not loss.isfinite():
+            raise InputError(f'{name}: its loss is {loss.item()} in epoch {epoch}; a lower --classifier-lr may help')
         done, found = 0, measure_accuracy(classifier.eval(), dataset.validation, batch_size, device)
         progress(f'{name} epoch {epoch}/{epochs}  accuracy {found:.4f} on the validation frames', last=True)
         if found > best['accuracy']:

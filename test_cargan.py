@@ -930,6 +930,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trai
     assert rows[-1][0] == step and not math.isfinite(float(rows[-1][2 + train.LOSSES.index(name)]))
 
 
+def test_a_classifier_that_explodes_is_named(demo, trained, tmp_path, refused):
+    refused(train, run_flags(demo, trained[1], tmp_path / 'run', '--classifier-lr', '1e30'), 'classifier: its loss is',
+            'epoch 1', '--classifier-lr')
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     ours = trainer()
     ours.save(tmp_path / 'checkpoint.pt')
@@ -1222,9 +1227,31 @@ def test_wrong_use_is_one_line(trained, demo, tmp_path, refused, capsys):
 
 
 def test_benchmark(capsys):
-    train.main(['--benchmark', '1', '--size', '32', '--base', '8', '--batch-size', '2', '--device', 'cpu'])
-    out = capsys.readouterr().out
-    assert 'images/s' in out and 'peak memory' in out
+    train.main(['--benchmark', '1', '--size', '32', '--base', '8', '--batch-size', '2', '--device', 'cpu',
+                '--peak-tflops', '0.5'])
+    alone, loaded = capsys.readouterr().out.splitlines()[-2:]
+    rate, work, speed, share, memory = map(float, re.fullmatch(
+        r'(\S+) images/s, (\S+) GFLOP per image: (\S+) TFLOP/s, (\S+)% of 0.5; peak memory (\S+) GB', alone).groups())
+    assert speed == pytest.approx(rate * work / 1000, abs=0.006) and share == pytest.approx(speed / 0.005, abs=1.1)
+    assert 0.1 < memory < 30 and re.fullmatch(r'\S+ images/s with the loader on the demo data: it costs \S+%', loaded)
+
+
+def test_arithmetic_of_a_step_by_hand():
+    """Two floating-point operations for each weight and place of a convolution, three passes of it in training."""
+    size, base, ours = 64, 8, trainer('--size', '64', '--variant', 'D')
+    with train.FlopCounterMode(display=False) as counter:
+        ours.model.G1(torch.zeros(1, 6, size, size))
+    convolutions = [m for m in ours.model.G1.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    down = [m for m in convolutions if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
+    up = [m for m in convolutions if isinstance(m, torch.nn.ConvTranspose2d)]
+    work = sum(2 * m.weight.numel() * (size >> i) ** 2 for i, m in enumerate(down, 1))
+    work += sum(2 * m.weight.numel() * (2 ** i) ** 2 for i, m in enumerate(up))          # a place of its input
+    for attention in (m for m in ours.model.G1.modules() if isinstance(m, cargan.SelfAttention)):
+        places = (size // (2 if attention.value.in_channels == base else 4)) ** 2
+        work += 2 * places * sum(m.weight.numel() for m in (attention.query, attention.key, attention.value,
+                                                            attention.output))
+        work += 2 * 2 * places * (places // 4) * attention.value.out_channels               # q and k padded to v
+    assert counter.get_total_flops() == work
 
 
 # ----------------------------------------------------------------------------- FID's Inception

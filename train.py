@@ -395,9 +395,13 @@ class Log:
             losses /= world()
         rows, self.rows = list(zip(self.rows, losses.tolist())), []
         if rank() == 0:
-            with open(self.path, 'a', newline='') as file:
-                csv.writer(file).writerows((step, epoch, *(f'{value:.6g}' for value in values))
-                                           for (step, epoch, *_), values in rows)
+            try:
+                with open(self.path, 'a', newline='') as file:
+                    csv.writer(file).writerows((step, epoch, *(f'{value:.6g}' for value in values))
+                                               for (step, epoch, *_), values in rows)
+            except OSError as error:
+                raise InputError(f'{self.path}: cannot be written ({reason(error)}); make room, and go on with '
+                                 '--resume') from error
         for (step, epoch, _, stems), values in rows:
             for name, value in zip(LOSSES, values):
                 if not math.isfinite(value):
@@ -473,17 +477,18 @@ def benchmark(args, device, gpus):
     arithmetic, peak memory and what the loader costs.
     """
     trainer = Trainer(args, 13, 1, None, device, gpus)
-    batch = (torch.rand(args.batch_size, 1, args.size, args.size, device=device) * 2 - 1,
-             torch.rand(args.batch_size, 3, args.size, args.size, device=device) * 2 - 1,
-             torch.arange(args.batch_size, device=device) % 13)
+    local = args.batch_size // world()
+    batch = (torch.rand(local, 1, args.size, args.size, device=device) * 2 - 1,
+             torch.rand(local, 3, args.size, args.size, device=device) * 2 - 1,
+             torch.arange(local, device=device) % 13)
     with FlopCounterMode(display=False) as counter:
         trainer.step(*batch)
-    work = counter.get_total_flops() / args.batch_size
+    work = counter.get_total_flops() / local
 
     def rate(batches):
         """Images/s of --benchmark steps, after three that warm up (memory, cuDNN's choice, the compiler)."""
         for step in range(3 + args.benchmark):
-            losses = trainer.step(*next(batches))
+            losses = trainer.step(*next(batches), size=args.batch_size)
             if step == 2:
                 losses.tolist()         # waits for the device
                 start = time.monotonic()
@@ -502,11 +507,13 @@ def benchmark(args, device, gpus):
           f'{alone:.2f} images/s, {work / 1e9:.1f} GFLOP per image: {alone * work / 1e12:.2f} TFLOP/s'
           + (f', {alone * work / 1e12 / args.peak_tflops:.1%} of {args.peak_tflops:g}' if args.peak_tflops else '')
           + f'; peak memory {peak / 1e9:.2f} GB', flush=True)
-    split = open_dataset(demo_data(args.size, args.cache), args.size, args.cache, workers=args.workers).train
+    data = first(lambda: demo_data(args.size, args.cache), local=True)
+    split = first(lambda: open_dataset(data, args.size, args.cache, workers=args.workers), local=True).train
     whole = -(-len(split) // args.batch_size) * args.batch_size             # for batches of just that size
     split.rows, split.labels = np.resize(split.rows, whole), torch.from_numpy(np.resize(split.labels, whole))
     split.to(device)
-    loaded = rate(batch for seed in itertools.count() for batch in split.batches(args.batch_size, device, seed))
+    loaded = rate(batch for seed in itertools.count()
+                  for batch in split.batches(args.batch_size, device, seed, 0, rank(), world()))
     print(f'{loaded:.2f} images/s with the loader on the demo data: it costs {alone / loaded - 1:.1%}')
 
 
