@@ -15,9 +15,11 @@ A dataset is a folder of pairs, one stem one pair; the folder names are the clas
 """
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 import warnings
@@ -33,9 +35,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from scipy import fft, signal, sparse
 from scipy.io import wavfile
+
+try:
+    import fcntl
+except ImportError:         # Windows: there are no locks
+    fcntl = None
 
 SAMPLE_RATE = 22050         # Hz, after resampling
 CLIP = 11025                # samples: 0.5 s
@@ -43,38 +50,81 @@ N_FFT, HOP, N_MELS = 2048, 512, 128
 DB_RANGE = (-80.0, 40.0)    # dB, shown to the network as [-1, 1]; absolute, so that silence is dark
 LAYOUT = 'DATA/{chunk,img}/{train,validation}/<class>/<stem>.{wav,jpg}'
 
+MINUTES, FILE_LIMIT = 10, 2 ** 27       # a recording may last, a file may hold (bytes) as much
+PIXEL_LIMIT = 7680 * 4320               # of a picture: 8K
+
 warnings.filterwarnings('ignore', category=wavfile.WavFileWarning)              # unknown chunks
-warnings.filterwarnings('error', category=Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', module='PIL')     # about pictures that are read all the same, or refused below
 
 
 class InputError(ValueError):
     """Something the user can mend: one line that names the file or the flag, and the remedy."""
 
 
+class UserFile(io.BytesIO):
+    """A file that may be anything, in memory. A pipe would let us wait for ever, and a file of millions of
+    tiny parts nearly so: opening the one and reading the other raise ValueError, as does, where it is to be
+    `whole`, a file that ends before what it says of itself.
+    """
+
+    def __init__(self, path, whole=False):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError('not a file')
+        with open(path, 'rb') as file:
+            data = file.read(FILE_LIMIT + 1)
+        if len(data) > FILE_LIMIT:
+            raise ValueError(f'more than {FILE_LIMIT >> 20} MiB')
+        super().__init__(data)
+        self.whole, self.reads = whole, 0
+
+    def read(self, size=-1):
+        data, self.reads = super().read(size), self.reads + 1
+        if self.reads > 100_000:
+            raise ValueError('it consists of too many parts')
+        if self.whole and 0 < len(data) < size:
+            raise ValueError(f'cut short: {len(data)} of {size} bytes are there')
+        return data
+
+
 # ------------------------------------------------------------------------------------------- sound
 
-def read_wav(path):
-    """Read a WAV file: 8- to 64-bit integer or float, 8 to 192 kHz, any number of channels.
+def read_wav(path, seconds=None):
+    """Read a WAV file: 8- to 64-bit integer or float, 8 to 192 kHz, any number of channels; all of it,
+    or its first `seconds`.
 
     Returns (waveform (n,) float32, the mean of the channels, full scale = [-1, 1]; sample rate in Hz).
-    Raises InputError, naming the file, where it is unreadable, empty or not finite.
+    Raises InputError, naming the file, where it is unreadable, cut short, empty, not finite, larger than
+    128 MiB, or where what is asked for lasts more than 10 minutes.
     """
     try:
-        sample_rate, samples = wavfile.read(path)
+        sample_rate, samples = wavfile.read(UserFile(path, whole=True))
+        if not 8000 <= sample_rate <= 192000:
+            raise ValueError(f'sample rate {sample_rate} Hz is outside 8 to 192 kHz')
+        if seconds is not None:
+            samples = samples[:ceil(seconds * sample_rate)]
+        if len(samples) > 60 * MINUTES * sample_rate:
+            raise ValueError(f'more than {MINUTES} minutes')
+        if samples.size == 0:
+            raise ValueError('no samples in it')
+        samples = samples.reshape(len(samples), -1)
+        waveform, step = np.empty(len(samples), np.float32), ceil(2 ** 20 / samples.shape[1])
+        for i in range(0, len(samples), step):      # in parts, since they are several times as large on the way
+            _full_scale(samples[i:i + step]).clip(-1, 1).mean(axis=1, out=waveform[i:i + step])
     except Exception as error:      # scipy answers a broken header with whatever it stumbles over
-        raise InputError(f'{path}: not a readable WAV file ({reason(error)})') from error
-    if samples.size == 0:
-        raise InputError(f'{path}: no samples in it')
-    if not 8000 <= sample_rate <= 192000:
-        raise InputError(f'{path}: sample rate {sample_rate} Hz is outside 8 to 192 kHz')
-    if samples.dtype == np.uint8:
-        samples = (samples - np.float32(128)) / 128
-    elif samples.dtype.kind == 'i':                 # 24 bits come as the upper three bytes of 32
-        samples = samples * np.float32(1 / -float(np.iinfo(samples.dtype).min))
-    if not np.isfinite(samples).all():
-        raise InputError(f'{path}: samples that are not finite numbers')
-    waveform = samples.reshape(len(samples), -1).clip(-1, 1).mean(axis=1, dtype=np.float32)
+        raise InputError(f'{path}: not a readable WAV file ({reason(error)}); '
+                         f'give an uncompressed one of at most {MINUTES} minutes') from error
     return waveform, sample_rate
+
+
+def _full_scale(samples):
+    """Samples as wavfile gives them -> floats, full scale = [-1, 1]. Raises ValueError where one is not finite."""
+    if samples.dtype == np.uint8:
+        return (samples - np.float32(128)) / 128
+    if samples.dtype.kind == 'i':                   # 24 bits come as the upper three bytes of 32
+        return samples * np.float32(1 / -float(np.iinfo(samples.dtype).min))
+    if not np.isfinite(samples).all():
+        raise ValueError('samples that are not finite numbers')
+    return samples
 
 
 def mel_filterbank(sample_rate=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=0.0, fmax=None):
@@ -136,20 +186,38 @@ def _hann_and_filters():
 
 def read_image(path, size):
     """Read a picture and resize it: (size, size, 3) uint8, RGB. A JPEG much larger than `size` is
-    decoded at a reduced scale. Raises InputError, naming the file, where it cannot be read.
+    decoded at a reduced scale. Raises InputError, naming the file, where it cannot be read or is larger
+    than 8K or 128 MiB.
     """
     try:
-        with Image.open(path, formats=('JPEG', 'PNG')) as image:
+        file = UserFile(path)
+        # Each scan of a progressive JPEG is a pass over the whole picture, each profile of a PNG is
+        # unpacked: of the one there are some ten, of the other one, unless the file is meant to stall us.
+        if max(file.getvalue().count(part) for part in (b'\xff\xda\0', b'iCCP')) > 50:
+            raise ValueError('it consists of too many parts')
+        with Image.open(file, formats=('JPEG', 'PNG')) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise ValueError(f'{image.width} x {image.height} pixels')
             image.draft('RGB', (2 * size, 2 * size))        # a JPEG: the smallest scale of at least this
-            image = ImageOps.exif_transpose(image).convert('RGB')
-            return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-    except Exception as error:      # Pillow, too, raises many kinds
-        raise InputError(f'{path}: not a readable JPEG or PNG image ({reason(error)})') from error
+            if image.mode == 'I;16':                        # which convert() would clip
+                image = image.point(lambda value: value / 256)
+            image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+            return np.asarray(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise InputError(f'{path}: not a JPEG or PNG image; give one of these') from None
+    except Exception as error:      # Pillow raises many kinds
+        raise InputError(f'{path}: not a readable JPEG or PNG image ({reason(error)}); '
+                         'give an intact one of at most 8K') from error
 
 
 def reason(error):
     """The error in a few words, without the path that the message around it already names."""
     return (getattr(error, 'strerror', None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def one_line(text):
+    """Text with file names in it as it can be printed: a name may hold line breaks, and bytes that are no text."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Pair(NamedTuple):
@@ -164,7 +232,8 @@ def find_pairs(data):
     """Pair the files of a dataset folder by stem within split and class.
 
     Returns (classes, pairs, problems): the sorted folder names, the pairs in order of split, class and
-    stem, and a line for each file that has no partner. Raises InputError where the layout is not there.
+    stem, and a line for each file that has no partner. Raises InputError where the layout is not there,
+    or where the name of a class cannot be printed.
     """
     data = Path(data)
     audio_root, image_root = _subfolder(data, 'chunk', 'spectram'), _subfolder(data, 'img', 'img_256')
@@ -174,6 +243,9 @@ def find_pairs(data):
                       for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith('.')})
     if not classes:
         raise InputError(f'{data}: no class folders in it; the layout is {LAYOUT}')
+    for name in classes:
+        if not name.isprintable():      # it is to stand in tables, pictures and JSON
+            raise InputError(f'{data}: the name of its class folder {name} cannot be printed; rename it')
 
     pairs, problems = [], []
     for split, (audio_folder, image_folder) in splits.items():
@@ -215,14 +287,53 @@ def _stems(folder, suffixes, problems):
 def written_whole(path):
     """Give a path beside `path` to write a file or folder to; move it into place once all is written."""
     part = Path(path).with_name(f'{Path(path).name}.part')
+    _remove(part)                   # of a process that was killed
     try:
         yield part
         if part.is_file():
             with open(part, 'rb+') as file:
                 _sync(file)
+        elif part.is_dir():
+            _remove(Path(path))     # a folder cannot replace another
         os.replace(part, path)
     finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock_file(file, wait=False):
+    """Lock an open file or folder until it is closed or the process ends; False where another has locked it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+
+
+@contextmanager
+def writing(path):
+    """Have a file or folder of the cache to oneself: another process that wants to write it waits here.
+
+    Raises InputError where the disk refuses: full, read-only, a file where a folder should be.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f'{path.name}.lock'), 'w') as lock:    # let go of when the process ends, however
+            if not lock_file(lock):
+                print(one_line(f'waiting for another process that writes {path}'), file=sys.stderr)
+                lock_file(lock, wait=True)
+            yield
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name a folder elsewhere '
+                         'by --cache') from error
 
 
 def _sync(file):
@@ -243,6 +354,7 @@ class Progress:
     def __call__(self, text, last=False):
         if last or self.due():
             terminal = self.stream.isatty()
+            text = one_line(text)
             print(f'\r{text}\x1b[K' if terminal else text, end='' if terminal and not last else '\n',
                   file=self.stream, flush=True)
             self.printed = time.monotonic()
@@ -250,7 +362,7 @@ class Progress:
 
 # ------------------------------------------------------------------------------- the packed cache
 
-CACHE_VERSION = 2       # raised whenever the same files would be packed to other bytes
+CACHE_VERSION = 3       # raised whenever the same files would be packed to other bytes
 
 
 class Dataset(NamedTuple):
@@ -275,18 +387,20 @@ def open_dataset(data, size=256, cache=None, strict=False, workers=None):
     parameters, builds it anew. Bad files are named on stderr and left out. Returns a Dataset.
 
     Raises InputError for a missing layout, a class without a good pair in train, an empty validation
-    split, or, with `strict`, for any bad file.
+    split, a cache that cannot be written, or, with `strict`, for any bad file.
     """
     classes, pairs, problems = find_pairs(data)
     fingerprint = _fingerprint(data, classes, pairs, problems, size)
     root = Path(cache or default_cache())
-    where = hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:8]
+    where = hashlib.sha256(os.fsencode(Path(data).resolve())).hexdigest()[:8]
     folder = root / f'{Path(data).resolve().name}-{size}-{where}'
     meta = _read_meta(folder, fingerprint)
     if meta is None:
-        meta = _build_cache(folder, fingerprint, data, classes, pairs, problems, size, workers)
+        with writing(folder):           # another process may have packed it while we waited
+            meta = (_read_meta(folder, fingerprint)
+                    or _build_cache(folder, fingerprint, data, classes, pairs, problems, size, workers))
     for problem in meta['problems']:
-        print(f'left out: {problem}', file=sys.stderr)
+        print(one_line(f'left out: {problem}'), file=sys.stderr)
     if strict and meta['problems']:
         raise InputError(f'{data}: {len(meta["problems"])} problems, named above; mend them or leave --strict out')
     _check_classes(data, meta)
@@ -313,12 +427,12 @@ def _fingerprint(data, classes, pairs, problems, size):
 
 
 def _read_meta(folder, fingerprint):
-    """What a whole cache of these files says of itself; None where there is none."""
+    """What a whole cache of these files says of itself; None where there is none, or something else."""
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        whole = all((folder / name).stat().st_size == length for name, length in meta['bytes'].items())
+        whole = all((folder / name).stat().st_size == meta['bytes'][name] for name in ('frames', 'lms'))
         return meta if whole and meta['fingerprint'] == fingerprint else None
-    except (OSError, ValueError, KeyError):
+    except Exception:                   # a file may hold anything
         return None
 
 
@@ -331,7 +445,7 @@ def _build_cache(folder, fingerprint, data, classes, pairs, problems, size, work
                 splits=[], labels=[], stems=[])
 
     def read_lms(path):
-        return read_image(path, size) if picture_lms else log_mel_spectrogram(*read_wav(path)).astype(np.float16)
+        return read_image(path, size) if picture_lms else log_mel_spectrogram(*read_wav(path, 1)).astype(np.float16)
 
     def read(pair):
         """[LMS, frame] and the reasons why one is missing: where both are bad, both are named."""
@@ -343,12 +457,9 @@ def _build_cache(folder, fingerprint, data, classes, pairs, problems, size, work
                 reasons.append(str(error))
         return arrays, reasons
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    building = folder.with_name(f'{folder.name}.building-{os.getpid()}')
-    building.mkdir()
     progress, start = Progress(), time.monotonic()
-    try:
+    with written_whole(folder) as building:
+        building.mkdir()
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool, \
                 open(building / 'frames', 'wb') as frame_file, open(building / 'lms', 'wb') as lms_file:
             for i in range(0, len(pairs), 256):     # a window, so that results never pile up
@@ -368,23 +479,7 @@ def _build_cache(folder, fingerprint, data, classes, pairs, problems, size, work
         with open(building / 'meta.json', 'w') as file:
             json.dump(meta, file)
             _sync(file)
-        if _read_meta(folder, fingerprint) is None:         # nobody else has built it meanwhile
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return meta
-
-
-def _remove_leftovers(folder):
-    """Remove what builds of this cache left that were killed: their process is no more."""
-    for leftover in folder.parent.glob(f'{folder.name}.building-*'):
-        try:
-            os.kill(int(leftover.name.rpartition('-')[2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(leftover, ignore_errors=True)
-        except (ValueError, PermissionError):       # not ours, or alive under another user
-            pass
 
 
 def _check_classes(data, meta):
@@ -845,12 +940,15 @@ def write_demo(directory, train=40, validation=12, size=256, seed=0):
 
 
 def demo_data(size, cache=None):
-    """The demo data at size x size, as a dataset folder below the cache; written once."""
+    """The demo data at size x size, as a dataset folder below the cache; written once. Raises InputError
+    where the cache cannot be written.
+    """
     folder = Path(cache or default_cache()) / f'demo-v{DEMO_VERSION}-{size}'
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder) as part:
-            write_demo(part, size=size)
+        with writing(folder):
+            if not folder.exists():     # another process may have written it while we waited
+                with written_whole(folder) as part:
+                    write_demo(part, size=size)
     return folder
 
 
@@ -861,7 +959,7 @@ def run_command(main):
     try:
         main()
     except (InputError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(one_line(f'error: {error}'), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -878,6 +976,8 @@ def main(argv=None):
     parser.add_argument('--workers', type=int, metavar='N', help='threads that read files (default: one a core)')
     parser.add_argument('--strict', action='store_true', help='stop at any bad file')
     args = parser.parse_args(argv)
+    if args.size < 1 or args.workers is not None and args.workers < 1:
+        parser.error('--size and --workers must be at least 1')
     if args.demo:
         if Path(args.demo).exists():
             raise InputError(f'{args.demo}: exists already; name a new folder')

@@ -1,17 +1,20 @@
 """The tests: python -m pytest. On a CPU, without network and without any data but the demo's."""
 import copy
 import csv
+import io
 import itertools
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -114,11 +117,17 @@ def changed(before, after):
 
 # ------------------------------------------------------------------------------------------- sound
 
-def wav_bytes(payload, bits, rate=22050, channels=1, code=1):
-    block = channels * bits // 8
-    form = struct.pack('<4sIHHIIHH', b'fmt ', 16, code, channels, rate, rate * block, block, bits)
-    body = b'WAVE' + form + struct.pack('<4sI', b'data', len(payload)) + payload
+def wav_bytes(payload, bits, rate=22050, channels=1, code=1, block=None, more=b'', before=b'', length=None):
+    """A WAV file; `more` goes into its format, `before` before the sound, `length` is what it claims to hold."""
+    block = block or channels * bits // 8
+    form = struct.pack('<HHIIHH', code, channels, rate, rate * block, block, bits) + more
+    length = len(payload) if length is None else length
+    body = b'WAVE' + wav_chunk(b'fmt ', form) + before + struct.pack('<4sI', b'data', length) + payload
     return struct.pack('<4sI', b'RIFF', len(body)) + body
+
+
+def wav_chunk(name, content):
+    return struct.pack('<4sI', name, len(content)) + content + b'\0' * (len(content) % 2)
 
 
 @pytest.mark.parametrize('bits, code, step', [(8, 1, 2 ** -7), (16, 1, 2 ** -15), (24, 1, 2 ** -23),
@@ -205,25 +214,65 @@ def test_lms_does_not_depend_on_the_files_rate():
         np.testing.assert_allclose(lms[:, 3:18][loud], reference[:, 3:18][loud], atol=0.2)
 
 
+EXTENSIBLE = struct.pack('<HHIH14s', 22, 20, 0, 1, bytes.fromhex('000000001000800000aa00389b71'))
+RARE_WAVS = {       # each of them holds full scale downwards and nothing
+    '12 bits in 2 bytes': wav_bytes(struct.pack('<2h', -2 ** 15, 0), 12, block=2),
+    '20 bits in 3 bytes, extensible': wav_bytes(b'\0\0\x80\0\0\0', 20, code=0xFFFE, block=3, more=EXTENSIBLE),
+    '20 bits in 4 bytes': wav_bytes(struct.pack('<2i', -2 ** 31, 0), 20, block=4),
+    '40 bits': wav_bytes(b'\0\0\0\0\x80' + bytes(5), 40),
+    '64 bits': wav_bytes(struct.pack('<2q', -2 ** 63, 0), 64),
+    'floats beyond full scale': wav_bytes(struct.pack('<2d', -1e308, 0), 64, code=3),
+    'an unknown part of odd length': wav_bytes(struct.pack('<2h', -2 ** 15, 0), 16, before=wav_chunk(b'odd ', b'123')),
+}
+
+
+@pytest.mark.parametrize('kind', RARE_WAVS)
+def test_rare_kinds_of_wav(tmp_path, kind):
+    (tmp_path / 'x.wav').write_bytes(RARE_WAVS[kind])
+    waveform, sample_rate = preprocess.read_wav(tmp_path / 'x.wav')
+    assert sample_rate == 22050 and waveform.tolist() == [-1, 0]
+
+
 BAD_WAVS = {
-    'empty file': b'',
-    'not a WAV': b'hello, this is text' * 10,
-    'no samples': wav_bytes(b'', 16),
-    'header alone': wav_bytes(b'\0' * 100, 16)[:20],
-    'not finite': wav_bytes(np.full(100, np.nan, '<f4').tobytes(), 32, code=3),
-    'sample rate': wav_bytes(b'\0' * 100, 16, rate=1),
-    'a codec that is no PCM': wav_bytes(b'\0' * 100, 16, code=0x55),
+    'empty file': (b'', 'not understood'),
+    'not a WAV': (b'hello, this is text' * 10, 'not understood'),
+    'no samples': (wav_bytes(b'', 16), 'no samples'),
+    'less than a frame of 65,535 channels': (wav_bytes(bytes(99), 8, channels=65535), '65535'),
+    'no channels': (wav_bytes(bytes(99), 16, channels=0, block=2), 'by zero'),
+    'header alone': (wav_bytes(bytes(100), 16)[:30], 'cut short: 10 of 16 bytes'),
+    'sound before its format': (b'RIFF\0\0\0\0WAVE' + wav_chunk(b'data', bytes(100)), 'WAV file ('),
+    'cut short': (wav_bytes(bytes(100), 16)[:-40], 'cut short: 60 of 100 bytes'),
+    '4 GB claimed': (wav_bytes(bytes(100), 16, length=2 ** 32 - 1), 'cut short: 100 of 4294967295 bytes'),
+    'not a number': (wav_bytes(np.full(100, np.nan, '<f4').tobytes(), 32, code=3), 'not finite'),
+    'infinite': (wav_bytes(np.full(100, -np.inf, '<f8').tobytes(), 64, code=3), 'not finite'),
+    'floats of 16 bits': (wav_bytes(bytes(100), 16, code=3), '16-bit'),
+    'sample rate': (wav_bytes(bytes(100), 16, rate=1), 'sample rate 1 Hz'),
+    'a codec that is no PCM': (wav_bytes(bytes(100), 16, code=0x55), 'MPEGLAYER3'),
+    'too long': (wav_bytes(bytes(600 * 8000 + 1), 8, rate=8000), 'more than 10 minutes'),
+    'nothing but parts': (wav_bytes(bytes(100), 16, before=wav_chunk(b'LIST', b'') * 10 ** 5), 'too many parts'),
 }
 
 
 @pytest.mark.parametrize('kind', BAD_WAVS)
 def test_bad_wav_is_named(tmp_path, kind):
-    path = tmp_path / 'bad.wav'
-    path.write_bytes(BAD_WAVS[kind])
-    with pytest.raises(InputError, match='bad.wav: '):
+    path, (content, why) = tmp_path / 'bad.wav', BAD_WAVS[kind]
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
         preprocess.read_wav(path)
-    with pytest.raises(InputError, match='none.wav: '):
-        preprocess.read_wav(tmp_path / 'none.wav')
+    line, = str(error.value).splitlines()
+    assert line.startswith(f'{path}: ') and why in line and 'give an uncompressed one' in line
+
+
+def test_of_a_long_wav_its_beginning_can_be_read(tmp_path):
+    (tmp_path / 'long.wav').write_bytes(wav_bytes(bytes(range(100)) * 48001, 8, rate=8000))        # over 10 minutes
+    waveform, rate = preprocess.read_wav(tmp_path / 'long.wav', seconds=0.5)
+    assert rate == 8000 and waveform.shape == (4000,)
+    assert waveform[:100].tolist() == [(i - 128) / 128 for i in range(100)]
+    with pytest.raises(InputError, match='long.wav: .*more than 10 minutes'):
+        preprocess.read_wav(tmp_path / 'long.wav')
+    os.truncate(tmp_path / 'long.wav', 2 ** 31)             # a hole in the file: nobody's memory has to hold it
+    with pytest.raises(InputError, match='long.wav: .*more than 128 MiB'):
+        preprocess.read_wav(tmp_path / 'long.wav', seconds=0.5)
 
 
 # ------------------------------------------------------------------------------- files and the cache
@@ -237,6 +286,113 @@ def test_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same(tmp_path):
     assert small.shape == (64, 64, 3) and small.dtype == np.uint8
     expected = np.asarray(full.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(small - expected).mean() < 1
+
+
+def png_bytes(width, height, depth, colour, pixels, *parts, interlaced=False):
+    """A PNG file; `pixels` are its lines, each with a 0 in front, and `parts` (name, content) go before them."""
+    parts = [(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, interlaced)), *parts,
+             (b'IDAT', zlib.compress(pixels)), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(content)) + name + content
+                                           + struct.pack('>I', zlib.crc32(name + content)) for name, content in parts)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+ORANGE, PICTURE = b'\xf0\x80\x20', Image.new('RGB', (64, 64), (0xf0, 0x80, 0x20))
+ADAM7 = (1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)     # what each pass holds of 8 x 8 pixels
+PICTURES = {
+    'JPEG': saved(PICTURE, 'JPEG', quality=95),
+    'progressive JPEG': saved(PICTURE, 'JPEG', quality=95, progressive=True),
+    'CMYK JPEG': saved(PICTURE.convert('CMYK'), 'JPEG', quality=95),
+    'PNG': saved(PICTURE, 'PNG'),
+    'PNG with alpha': saved(PICTURE.convert('RGBA'), 'PNG'),
+    'PNG of a palette': saved(PICTURE.quantize(2), 'PNG', transparency=b'\x80\xff'),
+    'PNG of 16 bits': png_bytes(1, 1, 16, 2, b'\0\xf0\1\x80\2\x20\3'),
+    'interlaced PNG': png_bytes(8, 8, 8, 2, b''.join((b'\0' + ORANGE * w) * h for w, h in ADAM7), interlaced=True),
+    'animated PNG': saved(PICTURE, 'PNG', save_all=True, append_images=[Image.new('RGB', (64, 64))]),
+    'animated PNG of no pictures': png_bytes(1, 1, 8, 2, b'\0' + ORANGE, (b'acTL', bytes(8))),
+}
+
+
+@pytest.mark.parametrize('kind', PICTURES)
+def test_every_kind_of_picture_has_its_colours(tmp_path, kind):
+    (tmp_path / 'x').write_bytes(PICTURES[kind])
+    pixels = preprocess.read_image(tmp_path / 'x', 8)
+    assert pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - tuple(ORANGE)).max() <= 3
+
+
+def test_grey_of_16_bits_and_pictures_on_their_side(tmp_path):
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / 'grey.png')
+    assert np.abs(preprocess.read_image(tmp_path / 'grey.png', 8)[..., 1] - ramp / 257).max() <= 1
+    halves = Image.new('RGB', (64, 32))
+    halves.paste((255, 255, 255), (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6                        # to be shown turned to the right: the left half is above
+    for name in ('side.jpg', 'side.png'):
+        halves.save(tmp_path / name, exif=exif)
+        rows = preprocess.read_image(tmp_path / name, 8).mean(axis=(1, 2))
+        assert rows[:3].min() > 200 and rows[5:].max() < 50
+
+
+def too_many_scans():
+    whole = saved(Image.new('L', (64, 64)), 'JPEG', progressive=True)
+    last = whole.rindex(b'\xff\xda')
+    return whole[:-2] + whole[last:-2] * 100 + whole[-2:]
+
+
+PROFILE = b'iCCP', b'p\0\0' + zlib.compress(bytes(100))
+BAD_PICTURES = {
+    'empty file': (b'', 'not a JPEG or PNG'),
+    'text': (b'hello, this is text' * 10, 'not a JPEG or PNG'),
+    'GIF': (saved(PICTURE, 'GIF'), 'not a JPEG or PNG'),
+    'JPEG cut short': (PICTURES['JPEG'][:-10], 'truncated'),
+    'PNG cut short': (PICTURES['PNG'][:-30], 'not a readable'),
+    'PNG bomb that Pillow takes': (png_bytes(13000, 13000, 1, 0, bytes(13000 * 1626)), '13000 x 13000 pixels'),
+    'PNG bomb': (png_bytes(2 ** 30, 2 ** 30, 1, 0, b''), 'pixels'),
+    'JPEG of huge claims': (PICTURES['JPEG'].replace(struct.pack('>HH', 64, 64), struct.pack('>HH', 9000, 9000)),
+                            '9000 x 9000 pixels'),
+    'text bomb': (png_bytes(1, 1, 8, 0, b'\0\0', (b'zTXt', b'k\0\0' + zlib.compress(bytes(2 ** 21)))), 'too large'),
+    'nothing but parts': (png_bytes(1, 1, 8, 0, b'\0\0', *[(b'none', b'')] * 50000), 'too many parts'),
+    'nothing but profiles': (png_bytes(1, 1, 8, 0, b'\0\0', *[PROFILE] * 100), 'too many parts'),
+    'nothing but markers': (b'\xff\xd8' + b'\xff' * 200000, 'too many parts'),
+    'a hundred scans': (too_many_scans(), 'too many parts'),
+}
+
+
+@pytest.mark.parametrize('kind', BAD_PICTURES)
+def test_bad_picture_is_named(tmp_path, kind):
+    path, (content, why) = tmp_path / 'bad.jpg', BAD_PICTURES[kind]
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        preprocess.read_image(path, 64)
+    line, = str(error.value).splitlines()
+    assert line.startswith(f'{path}: ') and why in line and 'give ' in line
+
+
+def test_a_file_too_large_to_be_a_picture(tmp_path):
+    (tmp_path / 'x.png').write_bytes(PICTURES['PNG'])
+    os.truncate(tmp_path / 'x.png', 2 ** 40)
+    with pytest.raises(InputError, match='x.png: .*more than 128 MiB'):
+        preprocess.read_image(tmp_path / 'x.png', 64)
+
+
+@pytest.mark.parametrize('kind, why', [('nothing', 'No such file'), ('dangling', 'No such file'),
+                                       ('folder', 'not a file'), ('loop', 'symbolic links'),
+                                       ('fifo', 'not a file'), ('device', 'not a file')])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, kind, why):
+    (tmp_path / 'dangling').symlink_to('nowhere')
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'loop').symlink_to('loop')
+    os.mkfifo(tmp_path / 'fifo')
+    (tmp_path / 'device').symlink_to('/dev/zero')
+    for read in (preprocess.read_wav, lambda path: preprocess.read_image(path, 64)):
+        with pytest.raises(InputError, match=f'{tmp_path / kind}: .*{why}.*; give '):
+            read(tmp_path / kind)
 
 
 def rename(folder, old, new):
@@ -329,6 +485,26 @@ def test_cache_is_made_once_and_notices_every_change(data, tmp_path, capsys):
     assert sorted(path.relative_to(data) for path in data.rglob('*')) == before      # nothing put there
 
 
+def test_whatever_stands_in_the_caches_place_it_is_built_anew(data, tmp_path, capsys):
+    folder = preprocess.open_dataset(data, 32, tmp_path / 'cache').folder
+    def emptied(path):
+        path.write_bytes(b'')
+    def made_a_folder(path):
+        path.unlink()
+        path.mkdir()
+    spoilt = [(spoil, folder / name) for spoil in (emptied, made_a_folder, Path.unlink)
+              for name in ('frames', 'lms', 'meta.json')]
+    spoilt += [(lambda path, text=text: path.write_text(text), folder / 'meta.json')
+               for text in ('[]', 'null', '{"bytes": []}', '{"bytes": {}}', '[' * 10 ** 5, '\xff')]
+    spoilt += [(lambda path: (shutil.rmtree(path), path.write_text('a file')), folder),
+               (lambda path: (shutil.rmtree(path), path.symlink_to('nowhere')), folder)]
+    for spoil, path in spoilt:
+        spoil(path)
+        capsys.readouterr()
+        assert len(preprocess.open_dataset(data, 32, tmp_path / 'cache').train.batch([51])[0]) == 1
+        assert 'packing' in capsys.readouterr().err, path
+
+
 def test_lms_parameters_are_part_of_the_cache(data, tmp_path, capsys, monkeypatch):
     preprocess.open_dataset(data, 32, tmp_path / 'cache')
     monkeypatch.setattr(preprocess, 'CACHE_VERSION', preprocess.CACHE_VERSION + 1)
@@ -343,9 +519,55 @@ def test_a_killed_build_is_not_taken_for_whole(data, tmp_path):
             'preprocess.Progress.__call__ = lambda *_, **__: os.kill(os.getpid(), 9)\n'
             f'preprocess.open_dataset({str(data)!r}, 32, {str(tmp_path / "cache")!r})')
     assert command('-c', code, cwd=HERE).returncode == -9
-    assert list((tmp_path / 'cache').glob('*.building-*'))
+    assert list((tmp_path / 'cache').glob('*.part'))
     assert len(preprocess.open_dataset(data, 32, tmp_path / 'cache').train) == 52
-    assert not list((tmp_path / 'cache').glob('*.building-*'))
+    assert not list((tmp_path / 'cache').glob('*.part'))
+
+
+def test_two_processes_that_want_the_same_cache_build_it_once(data, tmp_path):
+    cache, code = tmp_path / 'cache', 'import preprocess; print(len(preprocess.open_dataset({!r}, 32, {!r}).train))'
+    folder = preprocess.open_dataset(data, 32, cache).folder
+    shutil.rmtree(folder)
+    with preprocess.writing(folder):        # until both wait for it
+        both = [subprocess.Popen([sys.executable, '-c', code.format(str(data), str(cache))], cwd=HERE, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+        for process in both:
+            assert process.stderr.readline() == f'waiting for another process that writes {folder}\n'
+    outs, errs = zip(*(process.communicate() for process in both))
+    assert outs == ('52\n', '52\n') and ''.join(errs).count('78 of 78') == 1, errs
+    assert {path.name for path in cache.iterdir()} == {folder.name, f'{folder.name}.lock'}
+
+
+def test_a_cache_that_cannot_be_written(data, tmp_path, refused, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    flags = ['--data', data, '--size', 32, '--cache']
+    refused(preprocess, [*flags, tmp_path / 'file'], tmp_path / 'file/data-32', '--cache')
+    with pytest.raises(InputError, match='demo.*--cache'):
+        preprocess.demo_data(32, tmp_path / 'file')
+    done = command(HERE / 'preprocess.py', *flags, tmp_path / 'cache',          # on a disk that fills
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 5, 10 ** 5)))
+    *_, line = done.stderr.splitlines()
+    left, = (tmp_path / 'cache').iterdir()
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and left.suffix == '.lock'
+    assert line.startswith(f'error: {left.with_suffix("")}: cannot be written (File too large); ') and '--cache' in line
+
+
+def test_names_that_cannot_be_printed(data, tmp_path, refused):
+    """Line breaks and bytes that are no text, in the names of files, of the data folder and of a class."""
+    odd = data.rename(data.with_name(os.fsdecode(b'da\xffta')))
+    frame = next((odd / 'img/train/oboe').iterdir())        # of which Pillow would warn
+    frame.write_bytes(PICTURES['animated PNG of no pictures'])
+    for name in ('a\nb', 'esc\x1b[2J', os.fsdecode(b'caf\xe9')):
+        (odd / f'chunk/train/oboe/{name}.wav').write_bytes(b'bad')
+        shutil.copy(next((odd / 'img/train/oboe').glob('*.jpg')), odd / f'img/train/oboe/{name}.jpg')
+    done = command(HERE / 'preprocess.py', '--data', odd, '--size', 32, env=dict(os.environ, PYTHONUTF8='1'))
+    lines = [line for line in done.stderr.splitlines() if line.startswith('left out: ')]
+    assert lines == [line for line in done.stderr.splitlines() if not line.startswith('packing ')]
+    assert done.returncode == 0 and [line.count('.wav: not a readable WAV file') for line in lines] == [1, 1, 1]
+    for line, name in zip(lines, (r'a\nb.wav', r'caf\udce9.wav', r'esc\x1b[2J.wav')):
+        assert fr'da\udcffta/chunk/train/oboe/{name}: ' in line
+    rename(odd / 'img/train', 'oboe', 'o\nboe')
+    refused(preprocess, ['--data', odd], r'o\nboe', 'rename it')
 
 
 def test_bad_files_are_all_named_in_one_pass_and_left_out(data, tmp_path, capsys):
@@ -407,6 +629,8 @@ def test_commands_refuse_bad_data_with_one_line(data, tmp_path, refused):
 def test_strict_stops_at_any_bad_file(data, capsys, refused):
     next((data / 'img/train/horn').iterdir()).write_bytes(b'')
     refused(preprocess, ['--data', data, '--strict', '--size', 32], data, '1 problems')
+    for flags in (['--size', 0], ['--workers', -1]):
+        refused(preprocess, ['--data', data, *flags], 'at least 1')
     preprocess.main(['--data', str(data), '--size', '32', '--workers', '1'])
     assert any(line.split() == ['horn', '3', '2'] for line in capsys.readouterr().out.splitlines())
 

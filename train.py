@@ -35,12 +35,8 @@ from cargan import (CARGAN, VARIANTS, Classifier, PatchDiscriminator, classifica
                     generator_loss, l1_loss, objective)
 from evaluate import (choose_device, evaluate_run, example_clips, load_config, load_file, load_state, report, save_file,
                       stage_grid, train_classifier)
-from preprocess import InputError, Progress, default_cache, demo_data, open_dataset, reason, run_command, written_whole
-
-try:
-    import fcntl
-except ImportError:         # Windows: there a second run into the same folder is not noticed
-    fcntl = None
+from preprocess import (InputError, Progress, default_cache, demo_data, lock_file, open_dataset, reason, run_command,
+                        written_whole)
 
 # What `python train.py` without --data changes: small enough for two CPU cores and ten minutes.
 DEMO_PRESET = dict(size=64, base=32, disc_base=16, batch_size=8, epochs=8, lr=4e-4, betas=[0.5, 0.999], init_std=0.02,
@@ -675,10 +671,10 @@ def open_run(args):
         (run / 'samples').mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'{run}: cannot be made ({reason(error)}); name another folder by --out') from error
-    lock = os.open(run, os.O_RDONLY) if fcntl else None
+    lock = os.open(run, os.O_RDONLY) if os.name == 'posix' else None
     try:
-        if fcntl:               # a lock that ends with the process, however it ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock and not lock_file(lock):
+            raise BlockingIOError
         write_config(run, vars(args))
         yield run
     except BlockingIOError:
@@ -689,7 +685,7 @@ def open_run(args):
             shutil.rmtree(run)
         raise
     finally:
-        if fcntl:
+        if lock:
             os.close(lock)
 
 
