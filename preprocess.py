@@ -48,7 +48,7 @@ DB_RANGE = (-80.0, 40.0)    # dB, shown to the network as [-1, 1]; absolute, so 
 LAYOUT = 'DATA/{chunk,img}/{train,validation}/<class>/<stem>.{wav,jpg}'
 
 MINUTES, FILE_LIMIT = 10, 2 ** 27       # a recording may last, a file may hold (bytes) so much
-PIXEL_LIMIT = 7680 * 4320               # of a picture: 8K
+PIXEL_LIMIT, SIDE_LIMIT = 7680 * 4320, 2 ** 16      # of a picture: 8K
 
 warnings.filterwarnings('ignore', module='PIL')     # about pictures that are read all the same, or refused below
 
@@ -72,7 +72,7 @@ class UserFile(io.FileIO):
         self.reads += 1
         if self.reads > 100_000:
             raise ValueError('it consists of too many parts')
-        return super().read(size)
+        return super().read(min(size, FILE_LIMIT + 1))      # which is allocated, whatever there is to be read
 
 
 # ------------------------------------------------------------------------------------------- sound
@@ -230,7 +230,7 @@ def read_image(path, size):
                 raise ValueError('it consists of too many parts')
             file.seek(0)
             with Image.open(file, formats=('JPEG', 'PNG')) as image:
-                if image.width * image.height > PIXEL_LIMIT:
+                if image.width * image.height > PIXEL_LIMIT or max(image.size) > SIDE_LIMIT:
                     raise ValueError(f'{image.width} x {image.height} pixels')
                 image.draft('RGB', (2 * size, 2 * size))        # a JPEG: the smallest scale of at least this
                 if image.mode == 'I;16':                        # which convert() would clip
