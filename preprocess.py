@@ -51,7 +51,7 @@ DB_RANGE = (-80.0, 40.0)    # dB, shown to the network as [-1, 1]; absolute, so 
 LAYOUT = 'DATA/{chunk,img}/{train,validation}/<class>/<stem>.{wav,jpg}'
 
 MINUTES, FILE_LIMIT = 10, 2 ** 27       # a recording may last, a file may hold (bytes) as much
-PIXEL_LIMIT = 7680 * 4320               # of a picture: 8K
+PIXEL_LIMIT, SIDE_LIMIT = 7680 * 4320, 2 ** 16      # of a picture: 8K
 
 warnings.filterwarnings('ignore', category=wavfile.WavFileWarning)              # unknown chunks
 warnings.filterwarnings('ignore', module='PIL')     # about pictures that are read all the same, or refused below
@@ -196,7 +196,7 @@ def read_image(path, size):
         if max(file.getvalue().count(part) for part in (b'\xff\xda\0', b'iCCP')) > 50:
             raise ValueError('it consists of too many parts')
         with Image.open(file, formats=('JPEG', 'PNG')) as image:
-            if image.width * image.height > PIXEL_LIMIT:
+            if image.width * image.height > PIXEL_LIMIT or max(image.size) > SIDE_LIMIT:
                 raise ValueError(f'{image.width} x {image.height} pixels')
             image.draft('RGB', (2 * size, 2 * size))        # a JPEG: the smallest scale of at least this
             if image.mode == 'I;16':                        # which convert() would clip

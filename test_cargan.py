@@ -353,6 +353,7 @@ BAD_PICTURES = {
     'JPEG cut short': (PICTURES['JPEG'][:-10], 'truncated'),
     'PNG cut short': (PICTURES['PNG'][:-30], 'not a readable'),
     'PNG bomb that Pillow takes': (png_bytes(13000, 13000, 1, 0, bytes(13000 * 1626)), '13000 x 13000 pixels'),
+    'PNG of a single column': (png_bytes(1, 10 ** 7, 1, 0, bytes(2 * 10 ** 7)), '1 x 10000000 pixels'),
     'PNG bomb': (png_bytes(2 ** 30, 2 ** 30, 1, 0, b''), 'pixels'),
     'JPEG of huge claims': (PICTURES['JPEG'].replace(struct.pack('>HH', 64, 64), struct.pack('>HH', 9000, 9000)),
                             '9000 x 9000 pixels'),
@@ -379,6 +380,17 @@ def test_a_file_too_large_to_be_a_picture(tmp_path):
     os.truncate(tmp_path / 'x.png', 2 ** 40)
     with pytest.raises(InputError, match='x.png: .*more than 128 MiB'):
         preprocess.read_image(tmp_path / 'x.png', 64)
+
+
+def test_a_picture_that_claims_4_gb_takes_no_such_memory(tmp_path):
+    """Its pixels are there; what the part that holds them claims beyond them, Pillow reads in one piece."""
+    start, end = PICTURES['PNG of 16 bits'].split(b'IDAT')
+    (tmp_path / 'x.png').write_bytes(start[:-4] + struct.pack('>I', 2 ** 32 - 1) + b'IDAT' + end)
+    code = ('import preprocess, resource\n'
+            "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2 ** 30\n"
+            'resource.setrlimit(resource.RLIMIT_AS, (size, size))\n'
+            f'print(preprocess.read_image({str(tmp_path / "x.png")!r}, 1).tolist())')
+    assert command('-c', code, cwd=HERE).stdout == '[[[240, 128, 32]]]\n'
 
 
 @pytest.mark.parametrize('kind, why', [('nothing', 'No such file'), ('dangling', 'No such file'),
