@@ -318,6 +318,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.filterwarnings('ignore')        # Pillow's, which the commands ignore as well
 @pytest.mark.parametrize('kind', PICTURES)
 def test_every_kind_of_picture_has_its_colours(tmp_path, kind):
     (tmp_path / 'x').write_bytes(PICTURES[kind])
@@ -365,6 +366,7 @@ BAD_PICTURES = {
 }
 
 
+@pytest.mark.filterwarnings('ignore')        # Pillow's, which the commands ignore as well
 @pytest.mark.parametrize('kind', BAD_PICTURES)
 def test_bad_picture_is_named(tmp_path, kind):
     path, (content, why) = tmp_path / 'bad.jpg', BAD_PICTURES[kind]
