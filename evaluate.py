@@ -28,7 +28,7 @@ from torchvision.models import resnet18
 
 from cargan import CARGAN, VARIANTS
 from preprocess import (InputError, Progress, default_cache, demo_data, log_mel_spectrogram, network_lms, open_dataset,
-                        read_wav, reason, run_command, written_whole)
+                        read_wav, reason, run_command, writing, written_whole)
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
@@ -457,7 +457,8 @@ def digest(network):
 def keep(path, key, state):
     """Write a dict for load_kept(); where the cache is read-only, it will be made again."""
     if os.access(path.parent, os.W_OK):
-        save_file(dict(state, key=key), path)
+        with writing(path):
+            save_file(dict(state, key=key), path)
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -800,6 +801,8 @@ def main(argv=None):
         parser.error('--audio and --label go together')
     if args.audio and len(args.runs) > 1:
         parser.error('--audio wants one run')
+    if args.batch_size < 1 or args.workers is not None and args.workers < 1:
+        parser.error('--batch-size and --workers must be at least 1')
     device = choose_device(args.device)
     runs = args.runs or [newest_run()]
     if args.audio:

@@ -111,7 +111,8 @@ def read_wav(path, seconds=None):
         for i in range(0, len(samples), step):      # in parts, since they are several times as large on the way
             _full_scale(samples[i:i + step]).clip(-1, 1).mean(axis=1, out=waveform[i:i + step])
     except Exception as error:      # scipy answers a broken header with whatever it stumbles over
-        raise InputError(f'{path}: not a readable WAV file ({reason(error)}); '
+        why = 'no sound in it' if isinstance(error, UnboundLocalError) else reason(error)
+        raise InputError(f'{path}: not a readable WAV file ({why}); '
                          f'give an uncompressed one of at most {MINUTES} minutes') from error
     return waveform, sample_rate
 

@@ -238,6 +238,7 @@ BAD_WAVS = {
     'not a WAV': (b'hello, this is text' * 10, 'not understood'),
     'no samples': (wav_bytes(b'', 16), 'no samples'),
     'less than a frame of 65,535 channels': (wav_bytes(bytes(99), 8, channels=65535), '65535'),
+    'no sound': (b'RIFF\x04\0\0\0WAVE', 'no sound in it'),
     'no channels': (wav_bytes(bytes(99), 16, channels=0, block=2), 'by zero'),
     'header alone': (wav_bytes(bytes(100), 16)[:30], 'cut short: 10 of 16 bytes'),
     'sound before its format': (b'RIFF\0\0\0\0WAVE' + wav_chunk(b'data', bytes(100)), 'WAV file ('),
@@ -1980,6 +1981,8 @@ def test_a_recording_is_painted(trained, demo, tmp_path, refused, monkeypatch):
     refused(evaluate, [run, '--audio', 'long.wav', '--label', 'kazoo'], 'kazoo', 'bassoon, cello')
     refused(evaluate, [run, '--audio', 'scene.png', '--out', 'x.png', *flags], 'scene.png', 'WAV')
     refused(evaluate, [run, '--audio', 'long.wav'], '--label')
+    refused(evaluate, [run, run, '--audio', 'long.wav', '--label', 'sax'], '--audio')
+    refused(evaluate, [run, '--workers', '-1'], '--workers')
 
 
 def test_checkpoints_cannot_run_code_and_broken_ones_are_named(trained, tmp_path, refused, monkeypatch):
