@@ -373,6 +373,7 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3,
     parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
     optimizer = torch.optim.Adam(classifier.parameters(), lr=lr, fused=True)
     progress, best, begun, done = Progress(sys.stdout), dict(accuracy=-1.0), 1, 0
+    loss = torch.zeros(())              # should it go on after the last batch of an epoch
     if part is not None and part.exists():
         state = load_file(part, classifier=dict, optimizer=dict, best=dict, epoch=int, done=int)
         load_state(classifier, state['classifier'], part)
@@ -510,7 +511,7 @@ def measure(model, split, batch_size=16, device='cpu', name='', judge=None, netw
     """
     C, progress, order = model.residue.classifier, Progress(), split.order(seed=0)
     kinds = ('coarse', 'fine', 'real')
-    found = {kind: {'accuracy': 0.0} for kind in kinds}             # sums, until all clips are seen
+    found = {kind: {} for kind in kinds}                            # sums, until all clips are seen
     spaces = {kind: {'_classifier': Features()} for kind in kinds}
     verdicts, done = torch.full((len(split),), -1), 0
     if network is not None:
@@ -531,10 +532,11 @@ def measure(model, split, batch_size=16, device='cpu', name='', judge=None, netw
             if kind == 'fine' and judge is not None:
                 verdicts[order[done:done + len(label)]] = seen.cpu()
             for figure, value in sums.items():
-                found[kind][figure] = found[kind].get(figure, 0.0) + value / len(split)
+                found[kind][figure] = found[kind].get(figure, 0) + value
         done += len(label)
         progress(f'evaluating {name}: {done} of {len(split)} clips', last=done == len(split))
     for kind in kinds:
+        found[kind] = {figure: value / len(split) for figure, value in found[kind].items()}
         for space, features in spaces[kind].items():
             found[kind][f'is{space}'], found[kind][f'is{space}_std'] = features.score()
             if kind != 'real':

@@ -1081,10 +1081,10 @@ def run_flags(demo, cache, out, *more):
             '--device', 'cpu', *SMALL, *map(str, more)]
 
 
-@pytest.mark.parametrize('number, step', [(signal.SIGINT, 2), (signal.SIGTERM, 4 + 6), (signal.SIGINT, 4 + 11)])
+@pytest.mark.parametrize('number, step', [(signal.SIGTERM, 4), (signal.SIGTERM, 4 + 6), (signal.SIGINT, 4 + 11)])
 def test_a_signal_ends_the_step_and_the_resumed_run_is_the_uninterrupted_one(trained, demo, tmp_path, capsys, number,
                                                                               step):
-    """C makes the first 4 steps of Adam, then G and D make one each a step: stopped in C, after a D step
+    """C makes the first 4 steps of Adam, then G and D make one each a step: stopped at C's last, after a D step
     and between G's and D's.
     """
     run, cache = trained
@@ -1106,7 +1106,7 @@ def test_a_signal_ends_the_step_and_the_resumed_run_is_the_uninterrupted_one(tra
             file.write('7,2,1,1,1,1\n8,2,0.5')          # steps after the checkpoint, and half a line
     (half / 'checkpoint.pt.part').write_bytes(b'half a checkpoint')
     train.main(['--resume', str(half), '--device', 'cpu'])
-    assert f'resumed after {(step - 4) // 8} of 2 epochs' in capsys.readouterr().out or step == 2
+    assert f'resumed after {(step - 4) // 8} of 2 epochs' in capsys.readouterr().out or step == 4
     assert same(states(half), states(run))
     assert (half / 'log.csv').read_text() == (run / 'log.csv').read_text()
     assert json.loads((half / 'metrics.json').read_text()) == json.loads((run / 'metrics.json').read_text())
