@@ -1137,9 +1137,9 @@ def test_killed_runs_go_on_to_the_same_end(demo, tmp_path):
     log = (tmp_path / 'run/log.csv').read_text()
     for trial in range(1, kills + 1):
         shutil.rmtree(tmp_path / 'run'), shutil.rmtree(tmp_path / 'cache')
-        moment = rng.uniform(0, whole)
         with pytest.raises(subprocess.TimeoutExpired):      # killed with -9 when the time is over
             while True:                                     # a run that was faster than the first: once more
+                moment = rng.uniform(0, whole)
                 command(*words, timeout=moment)
                 shutil.rmtree(tmp_path / 'run'), shutil.rmtree(tmp_path / 'cache')
         begun = (tmp_path / 'run/config.json').exists()
