@@ -429,7 +429,8 @@ def get_judge(dataset, device='cpu'):
         judge = resnet18(num_classes=len(dataset.classes)).to(device)
     state = load_kept(path, key)
     if state is None:
-        state = train_classifier(judge, dataset, 'judge', accuracy=0.99, seed=JUDGE_SEED, device=device)
+        state = train_classifier(judge, dataset, 'judge', accuracy=0.99, batch_size=16, seed=JUDGE_SEED,
+                                 device=device)
         keep(path, key, state)
     load_state(judge, state['classifier'], path)
     return judge.eval().requires_grad_(False)
@@ -482,7 +483,7 @@ class Features:
 
 
 @torch.inference_mode()
-def real_features(network, dataset, name, batch_size=16, device='cpu'):
+def real_features(network, dataset, name, batch_size=8, device='cpu'):
     """The Features of a split's real frames in Inception's space, kept beside the dataset's cache."""
     path, key = dataset.folder / f'inception-{name}.pt', f'{digest(network)} {dataset.fingerprint}'
     found, state, split, progress = Features(), load_kept(path, key), getattr(dataset, name), Progress()
@@ -500,7 +501,7 @@ def real_features(network, dataset, name, batch_size=16, device='cpu'):
 
 
 @torch.inference_mode()
-def measure(model, split, batch_size=16, device='cpu', name='', judge=None, network=None, real=None):
+def measure(model, split, batch_size=8, device='cpu', name='', judge=None, network=None, real=None):
     """Generate from every clip of a split and compare with its real frames.
 
     Returns ({'coarse': {...}, 'fine': {...}, 'real': {...}}, verdicts): `accuracy` by C (Table 2) and
@@ -596,8 +597,8 @@ def example_pictures(model, examples, device='cpu'):
     """
     training, rows = model.training, []
     model.eval()
-    for i in range(0, len(examples), 16):
-        titles, batches = zip(*examples[i:i + 16])
+    for i in range(0, len(examples), 8):
+        titles, batches = zip(*examples[i:i + 8])
         lms, image, label = map(torch.cat, zip(*batches))
         coarse, fine, _ = model(lms.to(device), label.to(device))
         rows += [(title, {'LMS': lms_picture(a), "I'": picture(b), "I''": picture(c), 'truth': picture(d)})
@@ -700,7 +701,7 @@ def paint_file(config, model, audio, label, out, device):
 
 # ------------------------------------------------------------------------------------------ command
 
-def evaluate_run(run, config, model, dataset, device='cpu', network=None, batch_size=16):
+def evaluate_run(run, config, model, dataset, device='cpu', network=None, batch_size=8):
     """Measure a model on both splits; write metrics.json, grid.png and failures.png into `run`."""
     run, model = Path(run), model.eval()
     judge, metrics = get_judge(dataset, device), {}
@@ -790,7 +791,7 @@ def main(argv=None):
     parser.add_argument('--data', metavar='DIR', help="a dataset folder (default: the run's own)")
     parser.add_argument('--cache', metavar='DIR',
                         help=f"where packed data is kept (default: the run's, else {default_cache()})")
-    parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='clips at once (default: 16)')
+    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='clips at once (default: 8)')
     parser.add_argument('--workers', type=int, metavar='N', help='threads that read files (default: one a core)')
     parser.add_argument('--device', metavar='NAME',
                         help='cpu, cuda, cuda:1, ... (default: the first GPU, else the CPU)')
