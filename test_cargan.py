@@ -1950,7 +1950,7 @@ def test_evaluate_command_repeats_what_train_found(trained, no_network):
     after = json.loads((run / 'metrics.json').read_text())
     for split in before:
         for key in before[split]:
-            assert after[split][key] == pytest.approx(before[split][key], rel=1e-5)
+            assert after[split][key] == pytest.approx(before[split][key], rel=1e-5, abs=1e-6)
     for words in ("I'' fine", 'real frames', '0.9954', '0.9033', f'{after["validation"]["fine"]["l1"]:.4f}',
                   'grid.png'):
         assert words in done.stdout
