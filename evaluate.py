@@ -45,14 +45,15 @@ JUDGE_VERSION, JUDGE_SEED = 2, 190701826     # the version is raised whenever th
 
 # ------------------------------------------------------------------------------------- a run, loaded
 
-def load_file(path, **kinds):
-    """Load the dict in a .pt file to the CPU without running anything in it. Raises InputError, naming
-    the file, where it cannot be read or lacks one of the keys, or where that is of another kind.
+def load_file(path, mmap=False, **kinds):
+    """Load the dict in a .pt file to the CPU without running anything in it; with `mmap` a tensor is read
+    when it is used. Raises InputError, naming the file, where it cannot be read or lacks one of the keys,
+    or where that is of another kind.
     """
     if not Path(path).is_file():        # a pipe would be waited for
         raise InputError(f'{path}: no such file')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:      # torch answers a broken file with many kinds
         raise InputError(f'{path}: not a file of weights that can be read ({reason(error)})') from error
     for key, kind in kinds.items():
@@ -106,7 +107,7 @@ def load_config(run):
 def load_run(run, device='cpu'):
     """A run's settings and its CARGAN in eval mode: (config, model)."""
     config, path = load_config(run), Path(run) / 'checkpoint.pt'
-    state = load_file(path, model=dict)['model']
+    state = load_file(path, mmap=True, model=dict)['model']        # the optimisers are left in the file
     if 'classes' not in config or 'lms_channels' not in config:
         raise InputError(f'{run}: not a run of train.py (config.json: no classes in it)')
     model = CARGAN(len(config['classes']), config['size'], config['base'], config['variant'],
@@ -289,23 +290,27 @@ class Moments:
     """
 
     def __init__(self, features=None):
-        self.count, self.rows = 0, None
+        self.count, self.blocks = 0, []                              # blocks of rows (k, 1 + d)
         if features is not None:
             self.update(features)
+
+    @property
+    def rows(self):
+        """All that is kept, (k, 1 + d), k <= 2 (1 + d)."""
+        return torch.cat(self.blocks)
 
     def update(self, features):
         """Add features (B, d), array or tensor. Raises ValueError where they are not finite or not of one d."""
         features = torch.as_tensor(features).detach()
-        if features.ndim != 2 or self.rows is not None and 1 + features.shape[1] != self.rows.shape[1]:
-            raise ValueError(f'features of shape {tuple(features.shape)}, not (rows, '
-                             f'{"d" if self.rows is None else self.rows.shape[1] - 1})')
+        d = self.blocks[0].shape[1] - 1 if self.blocks else None
+        if features.ndim != 2 or d not in (None, features.shape[1]):
+            raise ValueError(f'features of shape {tuple(features.shape)}, not (rows, {d or "d"})')
         if not features.isfinite().all():
             raise ValueError('features that are not finite numbers')
         for batch in features.split(features.shape[1] + 1):          # a large set need not be copied whole
-            batch = F.pad(batch.cpu().double(), (1, 0), value=1.0)   # (B, 1 + d)
-            self.rows = batch if self.rows is None else torch.cat([self.rows, batch])
-            if len(self.rows) > 2 * self.rows.shape[1]:
-                self.rows = torch.linalg.qr(self.rows, mode='r').R   # (1 + d, 1 + d)
+            self.blocks.append(F.pad(batch.cpu().double(), (1, 0), value=1.0))        # (B, 1 + d)
+            if sum(map(len, self.blocks)) > 2 * self.blocks[0].shape[1]:
+                self.blocks = [torch.linalg.qr(self.rows, mode='r').R]                # (1 + d, 1 + d)
         self.count += len(features)
 
     def mean_and_factor(self):
@@ -488,7 +493,7 @@ def real_features(network, dataset, name, batch_size=8, device='cpu'):
     path, key = dataset.folder / f'inception-{name}.pt', f'{digest(network)} {dataset.fingerprint}'
     found, state, split, progress = Features(), load_kept(path, key), getattr(dataset, name), Progress()
     if state is not None:
-        found.moments.rows, found.moments.count = state['rows'], state['count']
+        found.moments.blocks, found.moments.count = [state['rows']], state['count']
         found.probabilities = [state['probabilities']]
         return found
     for _, image, _ in split.batches(batch_size, device, seed=0):           # IS splits them as they come

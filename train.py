@@ -477,9 +477,13 @@ def benchmark(args, device, gpus):
     batch = (torch.rand(local, 1, args.size, args.size, device=device) * 2 - 1,
              torch.rand(local, 3, args.size, args.size, device=device) * 2 - 1,
              torch.arange(local, device=device) % 13)
+    steps, counted = (trainer.G_step, trainer.D_step), local
+    if len(gpus) > 1:       # the threads of DataParallel would escape the counter: one GPU's part, without them
+        (trainer.G_step, trainer.D_step), counted = (step.module for step in steps), -(-local // len(gpus))
     with FlopCounterMode(display=False) as counter:
-        trainer.step(*batch)
-    work = counter.get_total_flops() / local
+        trainer.step(*(x[:counted] for x in batch))
+    work = counter.get_total_flops() / counted
+    trainer.G_step, trainer.D_step = steps
 
     def rate(batches):
         """Images/s of --benchmark steps, after three that warm up (memory, cuDNN's choice, the compiler)."""
