@@ -408,6 +408,7 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3,
         if found >= accuracy:
             break
     classifier.load_state_dict(best['classifier'])
+    optimizer.zero_grad()               # the gradients would stay for as long as the classifier does
     print(f'{name}: accuracy {best["accuracy"]:.4f}, ' + (
         f'{accuracy} reached in epoch {best["epoch"]}' if best['accuracy'] >= accuracy else
         f'the best of {epochs} epochs; {accuracy} was not reached'), flush=True)

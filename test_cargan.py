@@ -552,6 +552,15 @@ def test_a_killed_build_is_not_taken_for_whole(data, tmp_path):
     assert not list((tmp_path / 'cache').glob('*.part'))
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/smaps'), reason='needs Linux')
+def test_what_was_read_of_the_cache_takes_no_memory(demo, tmp_path):
+    dataset = preprocess.open_dataset(demo, 64, tmp_path)
+    batch = dataset.train.batch(range(52))[1]
+    report = Path('/proc/self/smaps').read_text()
+    assert re.findall(rf'{re.escape(str(dataset.folder / "frames"))}\n(?:.*\n)*?Rss: +(\d+) kB', report) == ['0']
+    assert torch.equal(dataset.train.batch(range(52))[1], batch)
+
+
 def test_two_processes_that_want_the_same_cache_build_it_once(data, tmp_path):
     cache, code = tmp_path / 'cache', 'import preprocess; print(len(preprocess.open_dataset({!r}, 32, {!r}).train))'
     folder = preprocess.open_dataset(data, 32, cache).folder
