@@ -520,9 +520,9 @@ class Split:
         """
         size = len(self) * (self.lms[0].nbytes + self.frames[0].nbytes)
         if torch.device(device).type == 'cuda' and size <= torch.cuda.mem_get_info(device)[0] / 2:
-            parts = ([tensor.to(device) for tensor in self._packed(rows)]
-                     for rows in np.array_split(self.rows, ceil(len(self) / 1024)))
-            self.resident = [torch.cat(tensors) for tensors in zip(*parts)] + [self.labels.to(device)]
+            self.resident = [torch.cat([_packed(array, rows).to(device)
+                                        for rows in np.array_split(self.rows, ceil(len(self) / 1024))])
+                             for array in (self.lms, self.frames)] + [self.labels.to(device)]
         return self
 
     def batch(self, indices, device='cpu'):
@@ -534,17 +534,9 @@ class Split:
         if self.resident:
             indices = indices.to(device, non_blocking=True)
             return [tensor[indices] for tensor in self.resident]
-        packed = [*self._packed(self.rows[indices.numpy()]), self.labels[indices]]
+        rows = self.rows[indices.numpy()]
+        packed = [_packed(self.lms, rows), _packed(self.frames, rows), self.labels[indices]]
         return [tensor.pin_memory() for tensor in packed] if torch.device(device).type == 'cuda' else packed
-
-    def _packed(self, rows):
-        """LMS and frames in these rows of the cache, as tensors."""
-        packed = []
-        for array in (self.lms, self.frames):
-            packed.append(torch.from_numpy(array[rows]))
-            if hasattr(array.base, 'madvise'):      # what stays mapped would count as this process's memory
-                array.base.madvise(mmap.MADV_DONTNEED)
-        return packed
 
     def _convert(self, packed, device):
         lms, frames, labels = (tensor.to(device, non_blocking=True) for tensor in packed)
@@ -588,6 +580,14 @@ class Split:
         if self.lms.dtype == np.uint8:
             return torch.tensor([x.mean() for x in lms])
         return torch.tensor([10 * np.log10((10 ** (x / 10)).mean()) for x in lms])
+
+
+def _packed(array, rows):
+    """These rows of one of the cache's arrays, as a tensor."""
+    packed = torch.from_numpy(array[rows])
+    if hasattr(array.base, 'madvise'):      # what stays mapped would count as this process's memory
+        array.base.madvise(mmap.MADV_DONTNEED)
+    return packed
 
 
 def network_lms(lms, size):
