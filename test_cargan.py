@@ -973,26 +973,31 @@ def test_each_step_moves_its_own_weights_alone(moving):
 
 
 def test_a_step_is_the_papers_by_hand():
-    """The gradients that Trainer.step leaves, against those of the equations written out."""
+    """The gradients that Trainer.step leaves, against those of the equations written out: G1 and G2 first, then
+    D, on what G1 and G2 paint after their step; in both D judges real and painted in one batch.
+    """
     ours = trainer('--dropout', '0', '--stage-weights', '0.3', '0.7', '--lambda-c', '2', '--lambda-gan', '3',
                    '--lambda-l1', '50')
-    for optimizer in (ours.G_optimizer, ours.D_optimizer):
-        optimizer.param_groups[0]['lr'] = 0.0
+    ours.D_optimizer.param_groups[0]['lr'] = 0.0
     other = copy.deepcopy((ours.model, ours.D))
     lms, image, label = batch()
     losses = ours.step(lms, image, label)
     model, D = other
+    model.G1.requires_grad_(True), model.G2.requires_grad_(True)
     coarse, fine, logits = model(lms, label)
     L_C = 0.3 * F.cross_entropy(logits, label) + 0.7 * F.cross_entropy(model.residue.classifier(fine), label)
-    def log_D(x, sign):
-        return F.logsigmoid(sign * D(torch.cat([lms, x], 1))).mean()
-    L_cGAN = -log_D(coarse, 1) - log_D(fine, 1)
+    _, D_coarse, D_fine = D(torch.cat([torch.cat([lms] * 3), torch.cat([image, coarse, fine])], 1)).unflatten(0, (3, 4))
+    L_cGAN = -torch.log(D_coarse.sigmoid()).mean() - torch.log(D_fine.sigmoid()).mean()
     L_L1 = (image - coarse).abs().mean() + (image - fine).abs().mean()
     grads = torch.autograd.grad(2 * L_C + 3 * L_cGAN + 50 * L_L1, [*model.G1.parameters(), *model.G2.parameters()])
     left = [p.grad for p in [*ours.model.G1.parameters(), *ours.model.G2.parameters()]]
     torch.testing.assert_close(left, list(grads), rtol=1e-3, atol=1e-5)
-    coarse, fine = coarse.detach(), fine.detach()
-    L_D = -2 * log_D(image, 1) - log_D(coarse, -1) - log_D(fine, -1)
+    before = fine
+    with torch.no_grad():
+        coarse, fine, _ = ours.model(lms, label)
+    assert (fine - before).abs().mean() > 0.01
+    D_real, *D_stages = D(torch.cat([torch.cat([lms] * 3), torch.cat([image, coarse, fine])], 1)).unflatten(0, (3, 4))
+    L_D = -2 * torch.log(D_real.sigmoid()).mean() - sum(torch.log(1 - x.sigmoid()).mean() for x in D_stages)
     grads = torch.autograd.grad(3 * L_D, list(D.parameters()))
     torch.testing.assert_close([p.grad for p in ours.D.parameters()], list(grads), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(losses, torch.stack([L_C, L_cGAN, L_L1, L_D]).detach(), rtol=1e-4, atol=1e-5)
@@ -1044,9 +1049,10 @@ def test_a_split_batch_adds_up():
     ours = trainer('--dropout', '0')
     ours.model.eval(), ours.D.eval()
     lms, image, label = batch(7)
-    _, whole = ours.G_step(lms, image, label)
-    parts = [ours.G_step(lms[part], image[part], label[part])[1] for part in (slice(0, 4), slice(4, 7))]
-    torch.testing.assert_close(torch.cat(parts).sum(dim=0) / 7, whole[0] / 7, rtol=1e-4, atol=1e-5)
+    for step in ours.G_step, ours.D_step:
+        parts = [step(lms[part], image[part], label[part]) for part in (slice(0, 4), slice(4, 7))]
+        whole = step(lms, image, label)
+        torch.testing.assert_close(torch.cat(parts).sum(dim=0) / 7, whole[0] / 7, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

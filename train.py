@@ -48,11 +48,16 @@ LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), 
 
 # ----------------------------------------------------------------------------------- one step of each
 
-class GeneratorStep(nn.Module):
-    """The G step's forward: batch -> (stages, terms). A module, so that DataParallel can split it.
+def discriminate(D, lms, *pictures):
+    """D's logits of the pairs [A, X], for each X of several batches of pictures (B, 3, S, S). All in one batch:
+    apart, BatchNorm would take away what tells the real pictures' features from the painted ones'.
+    """
+    return D(torch.cat([torch.cat([lms, x], dim=1) for x in pictures])).chunk(len(pictures))
 
-    stages: (I', I''), or (I',) for model D. terms (1, 3): L_C, L_cGAN and L_L1 times the batch's size,
-    so that the parts of a split batch add up.
+
+class GeneratorStep(nn.Module):
+    """The G step's forward: batch -> L_C, L_cGAN and L_L1 (1, 3), times the batch's size, so that the parts
+    of a split batch add up. A module, so that DataParallel can split it.
     """
 
     def __init__(self, model, D, stage_weights, saturating):
@@ -65,23 +70,30 @@ class GeneratorStep(nn.Module):
         if self.model.variant != 'D':
             stages.append(fine)
             logits.append(self.model.residue.classifier(fine))
-        fakes = [self.D(torch.cat([lms, stage], dim=1)) for stage in stages]
+        _, *fakes = discriminate(self.D, lms, image, *stages)
         terms = torch.stack([classification_loss(label, *logits, weights=self.stage_weights),
                              generator_loss(*fakes, saturating=self.saturating),
                              l1_loss(image, *stages)])
-        return stages, terms[None] * len(label)
+        return terms[None] * len(label)
 
 
 class DiscriminatorStep(nn.Module):
-    """The D step's forward: (lms, image, *stages) -> (None, L_D (1, 1) times the batch's size)."""
+    """The D step's forward: batch -> L_D (1, 1), times the batch's size.
 
-    def __init__(self, D):
+    D judges what G1 and G2 paint now, after their step. With the pictures from before it both sides would
+    move at once, each in answer to where the other was, and sway about each other.
+    """
+
+    def __init__(self, model, D):
         super().__init__()
-        self.D = D
+        self.model, self.D = model, D
 
-    def forward(self, lms, image, *stages):
-        real, *fakes = [self.D(torch.cat([lms, x], dim=1)) for x in (image, *stages)]
-        return None, discriminator_loss(real, *fakes)[None, None] * len(lms)
+    def forward(self, lms, image, label):
+        with torch.no_grad():
+            coarse, fine, _ = self.model(lms, label)
+        stages = [coarse] if self.model.variant == 'D' else [coarse, fine]
+        real, *fakes = discriminate(self.D, lms, image, *stages)
+        return discriminator_loss(real, *fakes)[None, None] * len(label)
 
 
 class Trainer:
@@ -106,13 +118,13 @@ class Trainer:
         if device.type == 'cuda':
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = self.dtype != torch.float32     # off is float32 to the letter
-        self.D.requires_grad_(False)        # DistributedDataParallel asks here which weights a step moves
-        self.G_step = self._parallel(GeneratorStep(self.model, self.D, args.stage_weights, args.saturating), gpus)
-        self.D.requires_grad_(True)
-        self.D_step = self._parallel(DiscriminatorStep(self.D), gpus)
         trained = [p for p in self.model.parameters() if p.requires_grad]                 # C is frozen
         self.G_optimizer = torch.optim.Adam(trained, lr=args.lr, betas=args.betas, fused=True)
         self.D_optimizer = torch.optim.Adam(self.D.parameters(), lr=args.lr, betas=args.betas, fused=True)
+        self._fix_all_but(self.G_optimizer)     # DistributedDataParallel asks here which weights a step moves
+        self.G_step = self._parallel(GeneratorStep(self.model, self.D, args.stage_weights, args.saturating), gpus)
+        self._fix_all_but(self.D_optimizer)
+        self.D_step = self._parallel(DiscriminatorStep(self.model, self.D), gpus)
         if rank() > 0:
             torch.manual_seed(args.seed + 15485863 * rank())        # each process drops out its own features
 
@@ -124,16 +136,28 @@ class Trainer:
                                            broadcast_buffers=not self.args.sync_bn, gradient_as_bucket_view=True)
         return nn.DataParallel(step, gpus) if len(gpus) > 1 else step
 
-    def _backward(self, step, inputs, last, size, weigh):
-        """One forward and backward of a part of a batch; the processes add up their gradients at the last.
-        Returns (the pictures of a G step, the terms as a part of the mean over the batch's `size`).
+    def _fix_all_but(self, optimizer):
+        """Let one optimiser's weights move alone."""
+        for side in self.G_optimizer, self.D_optimizer:
+            for p in side.param_groups[0]['params']:
+                p.requires_grad_(side is optimizer)
+
+    def _update(self, step, optimizer, parts, size, weigh):
+        """One side's step: forward and backward of each part of a batch; the processes add up their gradients
+        at the last. Returns the terms (k,), as a part of the mean over the batch's `size`.
         """
-        with step.no_sync() if world() > 1 and not last else nullcontext():
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                stages, terms = step(*inputs)
-            terms = terms.sum(dim=0) * (world() / size)     # DistributedDataParallel divides by world()
-            self.scaler.scale(weigh(terms)).backward()
-        return stages, terms.detach()
+        self._fix_all_but(optimizer)
+        optimizer.zero_grad()
+        total = 0
+        for i, part in enumerate(parts, 1):
+            with step.no_sync() if world() > 1 and i < len(parts) else nullcontext():
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    terms = step(*part)
+                terms = terms.sum(dim=0) * (world() / size)     # DistributedDataParallel divides by world()
+                self.scaler.scale(weigh(terms)).backward()
+            total = total + terms.detach()
+        self.scaler.step(optimizer)
+        return total
 
     def step(self, lms, image, label, size=None):
         """G1 and G2 with D fixed, then D with G1 and G2 fixed. `size` is that of the whole batch, where
@@ -141,21 +165,11 @@ class Trainer:
         """
         size, count = size or len(label), min(self.args.accumulate, len(label))
         parts = list(zip(*(x.tensor_split(count) for x in (lms, image, label))))
-        self.D.requires_grad_(False)
-        self.G_optimizer.zero_grad()
-        made = [self._backward(self.G_step, part, i == count, size, lambda terms: objective(*terms, *self.lambdas))
-                for i, part in enumerate(parts, 1)]
-        self.scaler.step(self.G_optimizer)
-
-        self.D.requires_grad_(True)
-        self.D_optimizer.zero_grad()
-        judged = [self._backward(self.D_step, (*part[:2], *(stage.detach() for stage in stages)), i == count, size,
-                                 lambda terms: self.lambdas[1] * terms.sum())
-                  for i, (part, (stages, _)) in enumerate(zip(parts, made), 1)]
-        self.scaler.step(self.D_optimizer)
+        L_G = self._update(self.G_step, self.G_optimizer, parts, size, lambda terms: objective(*terms, *self.lambdas))
+        L_D = self._update(self.D_step, self.D_optimizer, parts, size, lambda terms: self.lambdas[1] * terms.sum())
         self.scaler.update()
         self.steps += 1
-        return torch.cat([sum(terms for _, terms in made), sum(terms for _, terms in judged)])
+        return torch.cat([L_G, L_D])
 
     def state(self):
         """All that a bit-exact resume needs."""
