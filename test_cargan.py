@@ -939,9 +939,9 @@ def test_l1_and_eq_6():
 
 # ---------------------------------------------------------------------------------------- training
 
-def trainer(*flags):
+def trainer(*flags, classes=5):
     args = train.make_parser().parse_args([*SMALL, *flags])
-    return train.Trainer(args, 5, 1, None, torch.device('cpu'))
+    return train.Trainer(args, classes, 1, None, torch.device('cpu'))
 
 
 def batch(n=4, size=32):
@@ -1001,6 +1001,29 @@ def test_a_step_is_the_papers_by_hand():
     grads = torch.autograd.grad(3 * L_D, list(D.parameters()))
     torch.testing.assert_close([p.grad for p in ours.D.parameters()], list(grads), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(losses, torch.stack([L_C, L_cGAN, L_L1, L_D]).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_settled_statistics_are_those_of_the_weights(trained, demo):
+    """They bring what is painted without training's batches near to what is painted in one, and move no weight."""
+    split = preprocess.open_dataset(demo, 32, trained[1]).train
+    ours = trainer('--dropout', '0', '--batch-size', '52', classes=13)
+    lms, image, label = next(split.batches(52, seed=0))
+    for _ in range(3):
+        ours.step(lms, image, label)
+
+    def painted(model):
+        with torch.no_grad():
+            return model(lms, label)[1]
+
+    before, in_batch = weights(ours.model), painted(copy.deepcopy(ours.model))
+    outrun = (painted(copy.deepcopy(ours.model).eval()) - in_batch).abs().mean()
+    random = torch.get_rng_state()
+    ours.settle(split)
+    settled = (painted(copy.deepcopy(ours.model).eval()) - in_batch).abs().mean()
+    assert settled < 0.1 * outrun
+    assert ours.model.training and not ours.model.residue.classifier.training
+    assert not changed(before, weights(ours.model)) and torch.equal(random, torch.get_rng_state())
+    assert {module.momentum for module in ours.model.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.1}
 
 
 @pytest.mark.parametrize('variant', 'ABCD')

@@ -171,6 +171,25 @@ class Trainer:
         self.steps += 1
         return torch.cat([L_G, L_D])
 
+    @torch.no_grad()
+    def settle(self, split, pictures=256):
+        """Take the statistics of G1's and G2's BatchNorm anew, from some pictures without dropout: at the
+        paper's learning rate the weights outrun the running averages. Training does not read them.
+        """
+        norms = [module for name, module in self.model.named_modules()
+                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith('residue')]
+        momenta = [norm.momentum for norm in norms]
+        self.model.eval()
+        for norm in norms:
+            norm.train().reset_running_stats()
+            norm.momentum = None            # the mean of all batches
+        batches = split.batches(self.args.batch_size, self.device, self.args.seed, 0, rank(), world())
+        for lms, _, label in itertools.islice(batches, -(-pictures // self.args.batch_size)):
+            self.model(lms, label)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        self.model.train()
+
     def state(self):
         """All that a bit-exact resume needs."""
         random = [(torch.get_rng_state(), torch.cuda.get_rng_state_all())]
@@ -454,6 +473,7 @@ def train_gan(trainer, dataset, args, run, saver):
             if trainer.done < batches:
                 saver(save)
         trainer.epoch, trainer.done = epoch, 0
+        trainer.settle(split)
         if rank() == 0 and (epoch % args.sample_every == 0 or epoch == args.epochs):
             stage_grid(trainer.model, examples, run / 'samples' / f'epoch-{epoch:04d}.png', trainer.device)
         saver(save, now=True)
