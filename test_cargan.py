@@ -1208,18 +1208,25 @@ def test_killed_runs_go_on_to_the_same_end(trained, demo, tmp_path):
     assert not [name for name in left if 'part' in name or 'building' in name]
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, demo, tmp_path, refused):
+@pytest.mark.parametrize('resumed', [True, False])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trained, demo, tmp_path, refused, resumed):
     run, cache = trained
     out = tmp_path / 'run'
-    flags = run_flags(demo, cache, out, '--lr', '1e25', '--save-minutes', '0', '--classifier', run / 'classifier.pt')
-    line = refused(train, flags, out / 'bad-batch.txt', out / 'checkpoint.pt', '--resume', '--lr').splitlines()[-1]
-    name, step = re.search(r'error: (L_\w+) is \S+ at step (\d+), epoch 1:', line).groups()
+    wild = ['--lr', '1e25', '--save-minutes', '0']      # G's first step ends training: D judges what it paints then
+    if resumed:
+        shutil.copytree(run, out)
+        before, epoch, flags = states(run)['steps'], 3, ['--resume', out, '--epochs', '3', '--device', 'cpu', *wild]
+        kept = f'{out / "checkpoint.pt"} is still the last good checkpoint'
+    else:
+        before, epoch, flags = 0, 1, run_flags(demo, cache, out, *wild, '--classifier', run / 'classifier.pt')
+        kept = 'there is no checkpoint yet'
+    line = refused(train, flags, out / 'bad-batch.txt', kept, '--resume', '--lr').splitlines()[-1]
+    name, step = re.search(rf'error: (L_\w+) is \S+ at step (\d+), epoch {epoch}:', line).groups()
     text = (out / 'bad-batch.txt').read_text().splitlines()
     split = preprocess.open_dataset(demo, 32, cache).train
     assert text[0].startswith(name) and text[1:] == [
-        split.stems[i] for i in split.indices(13, 1000003)[int(step) - 1]]
-    kept = states(out)
-    assert kept['steps'] == int(step) - 1 and all(tensor.isfinite().all() for tensor in kept['model'].values())
+        split.stems[i] for i in split.indices(13, 1000003 * epoch)[int(step) - 1 - before]]
+    assert same(states(out), states(run)) if resumed else not (out / 'checkpoint.pt').exists()
     rows = list(csv.reader(open(out / 'log.csv')))
     assert rows[-1][0] == step and not math.isfinite(float(rows[-1][2 + train.LOSSES.index(name)]))
 
@@ -1234,7 +1241,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     ours.save(tmp_path / 'checkpoint.pt')
     before = (tmp_path / 'checkpoint.pt').read_bytes()
     ours.model.G2.down[0][0].weight.data[0, 0, 0, 0] = math.nan
-    with pytest.raises(InputError, match='G2.down.0.0.weight is not finite after step 0.*last good'):
+    with pytest.raises(InputError, match='G2.down.0.0.weight is not finite after step 0.*pt is still the last good'):
         ours.save(tmp_path / 'checkpoint.pt')
     assert (tmp_path / 'checkpoint.pt').read_bytes() == before
 

@@ -209,8 +209,7 @@ class Trainer:
         state = self.state()            # of all processes
         for name, tensor in {**state['model'], **state['D']}.items():
             if not tensor.isfinite().all():
-                raise InputError(f'{name} is not finite after step {self.steps}; {path} is still the last good '
-                                 'checkpoint: go on from it with --resume and a lower --lr, or --amp off')
+                raise InputError(f'{name} is not finite after step {self.steps}; {way_back(path)}')
         if rank() == 0:
             save_file(state, path)
 
@@ -240,6 +239,12 @@ class Trainer:
         if self.done and any(state['settings'][name] != getattr(self.args, name) for name in ORDER_SETTINGS):
             print(f'another --seed or --batch-size: epoch {self.epoch + 1} starts anew')
             self.done = 0
+
+
+def way_back(checkpoint):
+    """What to do after a value that is not finite, as an error line ends."""
+    kept = f'{checkpoint} is still the last good checkpoint' if checkpoint.exists() else 'there is no checkpoint yet'
+    return f'{kept}: go on with --resume and a lower --lr, or --amp off'
 
 
 def load_optimizer(optimizer, state, **settings):
@@ -440,8 +445,7 @@ class Log:
                             part.write_text(f'{name} is {value} at step {step}, epoch {epoch}; its pairs:\n'
                                             + ''.join(f'{stem}\n' for stem in stems()))
                     raise InputError(f'{name} is {value} at step {step}, epoch {epoch}: the pairs of that step are in '
-                                     f'{bad}, the last good checkpoint is {kept}; go on from it with --resume and a '
-                                     'lower --lr, or --amp off')
+                                     f'{bad}; {way_back(kept)}')
 
 
 def train_gan(trainer, dataset, args, run, saver):
