@@ -244,9 +244,9 @@ def discriminator_loss(real, *fakes):
     return sum(F.softplus(-real).mean() + F.softplus(fake).mean() for fake in fakes)
 
 
-def generator_loss(*fakes, saturating=False):
+def generator_loss(*fakes, saturating=True):
     """Eq. (3) to (5) as G1 and G2 minimise them, from D's logits: the sum over the stages X of
-    - E log D(A, X) (non-saturating), or of E log(1 - D(A, X)), the equations' letter.
+    E log(1 - D(A, X)), or, not saturating where D is sure of itself, of - E log D(A, X).
     """
     return sum(-F.softplus(fake).mean() if saturating else F.softplus(-fake).mean() for fake in fakes)
 

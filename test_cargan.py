@@ -924,8 +924,8 @@ def test_eq_3_to_5_adversarial_losses():
     expected = -(math.log(0.8) + math.log(0.7)) - (math.log(0.8) + math.log(0.6))       # the real term twice
     assert cargan.discriminator_loss(real, coarse, fine).item() == pytest.approx(expected, rel=1e-5)
     assert cargan.discriminator_loss(real, coarse).item() == pytest.approx(-math.log(0.8 * 0.7), rel=1e-5)
-    assert cargan.generator_loss(coarse, fine).item() == pytest.approx(-math.log(0.3 * 0.4), rel=1e-5)
-    assert cargan.generator_loss(coarse, fine, saturating=True).item() == pytest.approx(math.log(0.7 * 0.6), rel=1e-5)
+    assert cargan.generator_loss(coarse, fine).item() == pytest.approx(math.log(0.7 * 0.6), rel=1e-5)
+    assert cargan.generator_loss(coarse, fine, saturating=False).item() == pytest.approx(-math.log(0.3 * 0.4), rel=1e-5)
     extreme = torch.tensor([1e4]), torch.tensor([-1e4])
     assert all(math.isfinite(cargan.discriminator_loss(*pair)) for pair in (extreme, extreme[::-1]))
 
@@ -987,7 +987,7 @@ def test_a_step_is_the_papers_by_hand():
     coarse, fine, logits = model(lms, label)
     L_C = 0.3 * F.cross_entropy(logits, label) + 0.7 * F.cross_entropy(model.residue.classifier(fine), label)
     _, D_coarse, D_fine = D(torch.cat([torch.cat([lms] * 3), torch.cat([image, coarse, fine])], 1)).unflatten(0, (3, 4))
-    L_cGAN = -torch.log(D_coarse.sigmoid()).mean() - torch.log(D_fine.sigmoid()).mean()
+    L_cGAN = torch.log(1 - D_coarse.sigmoid()).mean() + torch.log(1 - D_fine.sigmoid()).mean()
     L_L1 = (image - coarse).abs().mean() + (image - fine).abs().mean()
     grads = torch.autograd.grad(2 * L_C + 3 * L_cGAN + 50 * L_L1, [*model.G1.parameters(), *model.G2.parameters()])
     left = [p.grad for p in [*ours.model.G1.parameters(), *ours.model.G2.parameters()]]
@@ -1045,7 +1045,7 @@ def test_seed_and_betas_are_flags():
 
 
 def test_saturating_form_is_a_flag():
-    assert trainer().step(*batch())[1] > 0 > trainer('--saturating').step(*batch())[1]
+    assert trainer('--no-saturating').step(*batch())[1] > 0 > trainer().step(*batch())[1]
 
 
 def test_training_learns():
@@ -1093,7 +1093,7 @@ def test_defaults_are_the_papers_numbers():
     assert (args.size, args.base, args.disc_base, args.batch_size, args.epochs) == (256, 64, 64, 64, 200)
     assert (args.lr, args.betas, args.init_std) == (0.0008, [0.9, 0.999], 0.2)
     assert (args.lambda_c, args.lambda_gan, args.lambda_l1, args.stage_weights) == (1, 1, 100, [0.5, 0.5])
-    assert (args.variant, args.pretrained, args.saturating, args.dropout) == ('E', True, False, 0.5)
+    assert (args.variant, args.pretrained, args.saturating, args.dropout) == ('E', True, True, 0.5)
     assert args.classifier_accuracy == 0.9956
     ours = trainer()
     for optimizer in (ours.G_optimizer, ours.D_optimizer):
@@ -1106,7 +1106,7 @@ def test_demo_preset_says_what_it_changes_and_yields_to_flags(capsys):
     out = capsys.readouterr().out
     assert (args.epochs, args.size, args.base) == (3, 32, train.DEMO_PRESET['base'])
     for words in ('--epochs 3 (200)', '--size 32 (256)', '--base 32 (64)', '--betas 0.5 0.999 (0.9 0.999)',
-                  '--no-pretrained', 'python train.py --data Sub-URMP'):
+                  '--no-saturating', '--no-pretrained', 'python train.py --data Sub-URMP'):
         assert words in out
 
 

@@ -40,7 +40,7 @@ from preprocess import (InputError, Progress, default_cache, demo_data, lock_fil
 
 # What `python train.py` without --data changes: small enough for two CPU cores and ten minutes.
 DEMO_PRESET = dict(size=64, base=32, disc_base=16, batch_size=8, epochs=8, lr=4e-4, betas=[0.5, 0.999], init_std=0.02,
-                   sample_every=2, pretrained=False, classifier_epochs=4)
+                   sample_every=2, saturating=False, pretrained=False, classifier_epochs=4)
 MODEL_SETTINGS = ('size', 'base', 'disc_base', 'variant')       # a checkpoint fits these alone
 ORDER_SETTINGS = ('seed', 'batch_size')         # a position within an epoch holds for these alone
 LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), L1, D's side of Eq. (5)
@@ -622,7 +622,8 @@ def make_parser():
     add('--lambda-l1', type=number(float, 0.0), default=100.0, metavar='X', help='weight of L_L1 (default: 100)')
     add('--stage-weights', type=number(float, 0.0), nargs=2, default=[0.5, 0.5], metavar='X',
         help="of I' and I'' in L_C (default: 0.5 0.5)")
-    add('--saturating', action='store_true', help="G minimises log(1 - D), the equations' letter (default: -log D)")
+    add('--saturating', action=argparse.BooleanOptionalAction, default=True,
+        help="G minimises log(1 - D), the equations' letter; otherwise -log D (default: --saturating)")
 
     add = parser.add_argument_group('the classifier C').add_argument
     add('--classifier', metavar='FILE', help='use the classifier.pt of another run instead of training one')
@@ -663,7 +664,7 @@ def parse_args(argv=None):
         def words(value):
             return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
 
-        changed = ['--no-pretrained' if name == 'pretrained' else
+        changed = [f'--no-{name}' if vars(args)[name] is False else
                    f'--{name.replace("_", "-")} {words(vars(args)[name])} ({words(usual[name])})'
                    for name in DEMO_PRESET if vars(args)[name] != usual[name]]
         print(f'no --data: the built-in demo data, with a small preset (in brackets the usual value):\n'
