@@ -1539,7 +1539,7 @@ def test_benchmark(capsys):
 def test_arithmetic_of_a_step_by_hand():
     """Two floating-point operations for each weight and place of a convolution, three passes of it in training."""
     size, base, ours = 64, 8, trainer('--size', '64', '--variant', 'D')
-    with train.FlopCounterMode(display=False) as counter:
+    with train.flop_counter() as counter:
         ours.model.G1(torch.zeros(1, 6, size, size))
     convolutions = [m for m in ours.model.G1.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
     down = [m for m in convolutions if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]

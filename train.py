@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cargan import (CARGAN, VARIANTS, Classifier, PatchDiscriminator, classification_loss, discriminator_loss,
                     generator_loss, l1_loss, objective)
@@ -506,6 +506,15 @@ def duration(seconds):
     return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
 
 
+def flop_counter():
+    """A counter of floating-point operations; the CPU's attention, which not every release of torch counts, too."""
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)})
+
+
 def benchmark(args, device, gpus):
     """Time --benchmark steps on random data, then on the demo data through the loader; print images/s,
     arithmetic, peak memory and what the loader costs.
@@ -518,7 +527,7 @@ def benchmark(args, device, gpus):
     steps, counted = (trainer.G_step, trainer.D_step), local
     if len(gpus) > 1:       # the threads of DataParallel would escape the counter: one GPU's part, without them
         (trainer.G_step, trainer.D_step), counted = (step.module for step in steps), -(-local // len(gpus))
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         trainer.step(*(x[:counted] for x in batch))
     work = counter.get_total_flops() / counted
     trainer.G_step, trainer.D_step = steps
