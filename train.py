@@ -48,13 +48,6 @@ LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), 
 
 # ----------------------------------------------------------------------------------- one step of each
 
-def discriminate(D, lms, *pictures):
-    """D's logits of the pairs [A, X], for each X of several batches of pictures (B, 3, S, S). All in one batch:
-    apart, BatchNorm would take away what tells the real pictures' features from the painted ones'.
-    """
-    return D(torch.cat([torch.cat([lms, x], dim=1) for x in pictures])).chunk(len(pictures))
-
-
 class GeneratorStep(nn.Module):
     """The G step's forward: batch -> L_C, L_cGAN and L_L1 (1, 3), times the batch's size, so that the parts
     of a split batch add up. A module, so that DataParallel can split it.
@@ -70,7 +63,7 @@ class GeneratorStep(nn.Module):
         if self.model.variant != 'D':
             stages.append(fine)
             logits.append(self.model.residue.classifier(fine))
-        _, *fakes = discriminate(self.D, lms, image, *stages)
+        fakes = [self.D(torch.cat([lms, stage], dim=1)) for stage in stages]
         terms = torch.stack([classification_loss(label, *logits, weights=self.stage_weights),
                              generator_loss(*fakes, saturating=self.saturating),
                              l1_loss(image, *stages)])
@@ -81,7 +74,9 @@ class DiscriminatorStep(nn.Module):
     """The D step's forward: batch -> L_D (1, 1), times the batch's size.
 
     D judges what G1 and G2 paint now, after their step. With the pictures from before it both sides would
-    move at once, each in answer to where the other was, and sway about each other.
+    move at once, each in answer to where the other was, and sway about each other. Real and painted pictures
+    are judged in batches apart, as in [14]: in a common one each moves the BatchNorm statistics that the others
+    are judged by, and the training runs away with that.
     """
 
     def __init__(self, model, D):
@@ -92,7 +87,7 @@ class DiscriminatorStep(nn.Module):
         with torch.no_grad():
             coarse, fine, _ = self.model(lms, label)
         stages = [coarse] if self.model.variant == 'D' else [coarse, fine]
-        real, *fakes = discriminate(self.D, lms, image, *stages)
+        real, *fakes = [self.D(torch.cat([lms, picture], dim=1)) for picture in (image, *stages)]
         return discriminator_loss(real, *fakes)[None, None] * len(label)
 
 
