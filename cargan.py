@@ -26,7 +26,7 @@ VARIANTS = {  # Table 1, the ablation
 
 
 def init_weights(network, std=0.2):
-    """Draw the weights of every convolution from N(0, std), section 4.1; biases start at 0."""
+    """Draw the weights of every convolution from N(0, std), section 3.5; biases start at 0."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, 0.0, std)
@@ -37,7 +37,7 @@ def init_weights(network, std=0.2):
 # ---------------------------------------------------------------------------------------- networks
 
 class SelfAttention(nn.Module):
-    """Self-attention of SAGAN (Zhang et al. 2019), section 3.2: x + scale * W_o softmax(q k^T) v.
+    """Self-attention of SAGAN (Zhang et al. 2019), sections 3.1 and 3.5: x + scale * W_o softmax(q k^T) v.
 
     Query and key have C/8 channels, the value C/2; keys and values are max-pooled 2x2; there is no
     1/sqrt(d); the learned scale starts at 0. Maps (B, C, H, W) to the same shape, H and W at least 2.
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
 
 
 class UNetGenerator(nn.Module):
-    """The U-Net of pix2pix (Isola et al. 2017) with self-attention, section 3.2: G1 and G2.
+    """The U-Net of pix2pix (Isola et al. 2017) with self-attention, section 3.5: G1 and G2.
 
     Maps (B, in_channels, S, S) to an image (B, out_channels, S, S) in [-1, 1], S = `size`. Every
     convolution is 4x4, stride 2, padding 1; log2(S) of them lead down to 1x1 and as many up again.
@@ -114,7 +114,7 @@ class UNetGenerator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """The 70x70 PatchGAN with self-attention, section 3.2: D.
+    """The 70x70 PatchGAN with self-attention, section 3.5: D.
 
     Maps a pair [A, image] (B, in_channels, S, S) to logits (B, 1, S/8 - 2, S/8 - 2), one for each
     70x70 patch. 4x4 convolutions, padding 1: three of stride 2, then two of stride 1; attention
@@ -140,7 +140,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class Classifier(nn.Module):
-    """C, section 3.3: ResNet50 whose ImageNet head is replaced by one linear layer.
+    """C, sections 3.3 and 3.5: ResNet50 whose ImageNet head is replaced by one linear layer.
 
     Maps images (B, 3, S, S) in [-1, 1] to logits (B, num_classes); ImageNet's normalisation is done
     inside. `pretrained` is True (ImageNet weights by torchvision, which downloads them once), the
@@ -166,10 +166,10 @@ class Classifier(nn.Module):
 
 
 class ResidueModule(nn.Module):
-    """The residue, section 3.3: L_r = L_a - L'_i with L'_i = softmax(C(image)).
+    """The residue, section 3.2: L_r = L_a - L'_i with L'_i = softmax(C(image)).
 
     C is frozen and stays in eval mode whatever mode the model is in, yet its gradient reaches the
-    image. Maps (image (B, 3, S, S), label (B,)) to (logits (B, K), residue (B, K)); a residue sums
+    image (section 3.3). Maps (image (B, 3, S, S), label (B,)) to (logits (B, K), residue (B, K)); a residue sums
     to 0, is 0 where C recognises the label for certain, and is not detached.
     """
 
@@ -234,21 +234,24 @@ def classification_loss(label, *logits, weights=(0.5, 0.5)):
     return sum(weight * F.cross_entropy(stage, label) for weight, stage in zip(weights, logits))
 
 
-def discriminator_loss(real, *fakes):
-    """Eq. (3) to (5) as D minimises them: the sum over the stages X of
+def discriminator_loss(real, *fakes, weights=(1.0, 1.0)):
+    """Eq. (3) to (5) as D minimises them: the sum over the stages X, weighted by lambda_G1, lambda_G2, of
 
         - E log D(A, I) - E log(1 - D(A, X)),
 
     from D's logits; the real term counts once for each stage, as the sum is written.
     """
-    return sum(F.softplus(-real).mean() + F.softplus(fake).mean() for fake in fakes)
+    return sum(weight * (F.softplus(-real).mean() + F.softplus(fake).mean())
+               for weight, fake in zip(weights, fakes))
 
 
-def generator_loss(*fakes, saturating=True):
-    """Eq. (3) to (5) as G1 and G2 minimise them, from D's logits: the sum over the stages X of
-    E log(1 - D(A, X)), or, not saturating where D is sure of itself, of - E log D(A, X).
+def generator_loss(*fakes, weights=(1.0, 1.0), saturating=True):
+    """Eq. (3) to (5) as G1 and G2 minimise them, from D's logits: the sum over the stages X, weighted by
+    lambda_G1, lambda_G2, of E log(1 - D(A, X)), or, not saturating where D is sure of itself, of
+    - E log D(A, X).
     """
-    return sum(-F.softplus(fake).mean() if saturating else F.softplus(-fake).mean() for fake in fakes)
+    return sum(weight * (-F.softplus(fake).mean() if saturating else F.softplus(-fake).mean())
+               for weight, fake in zip(weights, fakes))
 
 
 def l1_loss(image, *stages):

@@ -1,0 +1,343 @@
+"""What every command needs of files and processes: errors of one line, a progress line, files that are written
+whole, safe loading, the folder of a run, the device, and the processes that torchrun starts.
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+try:
+    import fcntl
+    import resource
+except ImportError:         # Windows has neither
+    fcntl = resource = None
+
+
+# ------------------------------------------------------------------------------------ errors, progress
+
+class InputError(ValueError):
+    """Something the user can fix: one line that names the file or the flag, and the remedy."""
+
+
+def reason(error):
+    """The error in a few words, without the path that the message around it already names."""
+    return (getattr(error, 'strerror', None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def one_line(text):
+    """Text with file names in it as it can be printed: a name may hold line breaks, and bytes that are no text."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def run_command(main):
+    """Run a command: what the user can fix is one line on stderr and exit code 2, no traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(one_line(f'error: {error}'), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
+
+
+class Progress:
+    """A line that is rewritten in place on a terminal; elsewhere a plain line every `seconds`."""
+
+    def __init__(self, stream=None, seconds=10):
+        self.stream, self.seconds, self.printed = stream or sys.stderr, seconds, time.monotonic()
+
+    def due(self):
+        """Whether it is time to print again: for texts that cost something to make."""
+        return time.monotonic() - self.printed >= (0.2 if self.stream.isatty() else self.seconds)
+
+    def __call__(self, text, last=False):
+        if last or self.due():
+            terminal = self.stream.isatty()
+            text = one_line(text)
+            print(f'\r{text}\x1b[K' if terminal else text, end='' if terminal and not last else '\n',
+                  file=self.stream, flush=True)
+            self.printed = time.monotonic()
+
+
+# ------------------------------------------------------------------------------------------- files
+
+def default_cache():
+    """Where caches go unless a flag says otherwise: never into the data, which may be read-only."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'cargan'
+
+
+@contextmanager
+def written_whole(path):
+    """Give a path beside `path` to write a file or folder to; move it into place once all is written."""
+    part = Path(path).with_name(f'{Path(path).name}.part')
+    _remove(part)                   # of a process that was killed
+    try:
+        yield part
+        if part.is_file():
+            with open(part, 'rb+') as file:
+                os.fsync(file.fileno())
+        elif part.is_dir():
+            _remove(Path(path))     # a folder cannot replace another
+        os.replace(part, path)
+    finally:
+        _remove(part)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock_file(file):
+    """Lock an open file or folder until it is closed or the process ends; False where another has locked it.
+    Where the file system has no locks, there is none.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f'note: no locks here ({reason(error)}): let no two commands write the same folder', file=sys.stderr)
+    return True
+
+
+@contextmanager
+def writing(path):
+    """Have a file or folder of the cache to oneself: another process that wants to write it waits here.
+
+    Raises InputError where the disk refuses: full, read-only, a file where a folder should be.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f'{path.name}.lock'), 'w') as lock:    # let go of when the process ends, however
+            if not lock_file(lock):
+                print(one_line(f'waiting for another process that writes {path}'), file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name a folder elsewhere '
+                         'by --cache') from error
+
+
+def load_file(path, mmap=False, **kinds):
+    """Load the dict in a .pt file to the CPU without running anything in it; with `mmap` a tensor is read when it
+    is used. Raises InputError, naming the file, where it cannot be read, or a key is missing or of another kind.
+    """
+    if not Path(path).is_file():        # a pipe would be waited for
+        raise InputError(f'{path}: no such file')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except Exception as error:      # torch answers a broken file with many kinds
+        raise InputError(f'{path}: not a file of weights that can be read ({reason(error)})') from error
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise InputError(f'{path}: not a file that train.py wrote (no good {key!r} in it)')
+    return state
+
+
+def save_file(state, path):
+    """Write a .pt file, whole or not at all. Raises InputError, naming it, where the disk is full."""
+    try:
+        with written_whole(path) as part:
+            torch.save(state, part)
+    except (OSError, RuntimeError) as error:        # torch answers a full disk with the latter
+        raise InputError(f'{path}: cannot be written ({reason(error)}); what was there before is still whole. '
+                         'Make room, and go on with --resume') from error
+
+
+def load_state(module, state, path):
+    """Copy a state_dict into a module. Raises InputError where it is another network's."""
+    try:
+        module.load_state_dict(state)
+    except Exception as error:
+        raise InputError(f'{path}: weights of another network ({reason(error)})') from error
+
+
+def kept(path, key, make):
+    """make(), a dict that is expensive and depends on nothing but `key`: from the file `path` beside the dataset's
+    cache where that is of the same key, else made now and, where the cache can be written, kept there.
+    """
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if state['key'] == key:
+            return state
+    except Exception:       # no file, or one that cannot be read
+        pass
+    state = dict(make(), key=key)
+    if os.access(path.parent, os.W_OK):
+        with writing(path):
+            save_file(state, path)
+    return state
+
+
+def digest(network):
+    """A name for a network's weights: they are the same where it is."""
+    weights = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    return weights.hexdigest()
+
+
+# -------------------------------------------------------------------------------- the folder of a run
+
+def load_config(run):
+    """The settings of a run, as train.py wrote them. Raises InputError where `run` is none."""
+    path = Path(run) / 'config.json'
+    try:
+        if not path.is_file():
+            raise ValueError('no such file')
+        config = json.loads(path.read_text())
+        for name, kind in dict(size=int, base=int, disc_base=int, seed=int, variant=str, data=(str, type(None)),
+                               cache=(str, type(None))).items():
+            if not isinstance(config[name], kind) or kind is int and name != 'seed' and not 0 < config[name] <= 4096:
+                raise ValueError(f'{name} {config[name]!r}')
+        return config
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
+
+
+def write_config(run, settings, **found):
+    """Write config.json: the settings, and what the run found out about its data. Returns them."""
+    settings = dict(settings, resume=None, **found)
+    for name in ('data', 'cache'):
+        settings[name] = settings[name] and str(Path(settings[name]).resolve())
+    with written_whole(run / 'config.json') as part:
+        part.write_text(json.dumps(settings, indent=1) + '\n')
+    return settings
+
+
+def newest_run(folder='runs'):
+    """The run below `folder` whose checkpoint is the newest."""
+    checkpoints = sorted(Path(folder).glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise InputError(f'{folder}/: no run in it; train one with: python train.py')
+    return checkpoints[-1].parent
+
+
+@contextmanager
+def open_run(run, settings):
+    """Have a run's folder to oneself and write its settings there. Raises InputError where another process is at work
+    there, or, without settings['resume'], a run is there that got further than its settings.
+    """
+    run, fresh = Path(run), not Path(run).exists()
+    if not (settings['resume'] or fresh) and (
+            not run.is_dir() or any(path.name not in ('config.json', 'samples') for path in run.iterdir())):
+        raise InputError(f'{run}: not an empty folder; go on with it by --resume {run}, or name another by --out')
+    try:
+        (run / 'samples').mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{run}: cannot be made ({reason(error)}); name another folder by --out') from error
+    lock = os.open(run, os.O_RDONLY) if fcntl else None
+    try:
+        if lock and not lock_file(lock):
+            raise InputError(f'{run}: another process is training there; wait for it, or name another folder by --out')
+        write_config(run, settings)
+        yield run
+    except InputError:
+        if fresh and not (run / 'classifier.pt').exists():      # nothing was begun
+            shutil.rmtree(run)
+        raise
+    finally:
+        if lock:
+            os.close(lock)
+
+
+# ------------------------------------------------------------------------------- device and processes
+
+def choose_device(name=None):
+    """The device of this name; by default the first GPU, else the CPU. Raises InputError."""
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.empty(0, device=device)
+        return device
+    except Exception as error:
+        raise InputError(f'--device {name}: not to be had here ({reason(error)})') from error
+
+
+def allow_tf32(allowed):
+    """Let CUDA's convolutions and products round float32 to TF32, or not."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes; None on Windows."""
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def rank():
+    """The number of this process among those that torchrun started; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def distributed(args):
+    """Join the processes of torchrun, where there are some; give each its GPU, and rank 0 alone a voice. One that
+    fails says why and ends at once, without a goodbye: the others, in the midst of a step, could not answer it.
+    They fail in turn, or torchrun ends them.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or 'LOCAL_RANK' not in os.environ:
+        yield
+        return
+    gpu = torch.cuda.is_available() and args.device != 'cpu'
+    if gpu:
+        args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(choose_device(args.device))
+    # the others wait as long as rank 0 takes to pack the data and to train C
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', timeout=timedelta(days=2))
+    out = sys.stdout
+    try:
+        with open(os.devnull, 'w') as nowhere:
+            sys.stdout = nowhere if rank() else out
+            yield
+    except (InputError, OSError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError) and 'connection' in str(error).lower()
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        why = 'another process ended; its own message says why' if lost else error
+        print(one_line(f'error: process {rank()}: {why}'), file=sys.stderr, flush=True)
+        out.flush()
+        os._exit(2)
+    finally:
+        sys.stdout = out
+    dist.destroy_process_group()
+
+
+def broadcast(value):
+    """What rank 0 has as `value`, in all processes."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def rank0_first(work, local=False):
+    """work() by rank 0 (with `local`, by the first process of each node) before all others."""
+    if world_size() == 1:
+        return work()
+    mine = rank() == 0 or local and os.environ['LOCAL_RANK'] == '0'
+    result = work() if mine else None
+    dist.barrier()
+    return result if mine else work()
