@@ -12,7 +12,9 @@ Writes into the run: metrics.json, grid.png (a row a class) and failures.png; be
 """
 import argparse
 import copy
+import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,8 +29,8 @@ from demo import demo_data
 from preprocess import open_dataset, read_wav
 from report import (as_saved, example_clips, example_pictures, failure_grid, generate_recording, paper_figures,
                     picture, print_report, print_tables, stage_grid)
-from runs import (InputError, Progress, allow_tf32, choose_device, default_cache, digest, kept, load_config, load_file,
-                  load_state, newest_run, reason, run_command, save_file, written_whole)
+from runs import (InputError, Progress, choose_device, default_cache, load_config, load_file, load_state, reason,
+                  run_command, save_file, writing, written_whole)
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
@@ -37,6 +39,14 @@ SEEDS_OWN = ('seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers',
 
 
 # ------------------------------------------------------------------------------------- a run, loaded
+
+def newest_run(folder='runs'):
+    """The run below `folder` whose checkpoint is the newest."""
+    checkpoints = sorted(Path(folder).glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise InputError(f'{folder}/: no run in it; train one with: python train.py')
+    return checkpoints[-1].parent
+
 
 def load_run(run, device='cpu'):
     """A run's settings, its model in eval mode, and how far it was trained: (config, model, dict(epoch=, steps=)).
@@ -60,6 +70,14 @@ def load_run(run, device='cpu'):
     residue = {name: value for name, value in model.state_dict().items() if name.startswith('residue.')}
     load_state(model, {**(state.get('average') or state['model']), **residue}, path)
     return config, model.to(device).eval(), dict(epoch=state['epoch'], steps=state['steps'])
+
+
+def digest(network):
+    """A name for a network's weights: they are the same where it is."""
+    weights = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    return weights.hexdigest()
 
 
 def open_run_data(config, data=None, cache=None):
@@ -263,6 +281,23 @@ def measure_accuracy(classifier, split, batch_size=64, device='cpu', source=1):
     return float(correct) / len(split)
 
 
+def kept(path, key, make):
+    """make(), a dict that is expensive and depends on nothing but `key`: from the file `path` beside the dataset's
+    cache where that is of the same key, else made now and, where the cache can be written, kept there.
+    """
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if state['key'] == key:
+            return state
+    except Exception:       # no file, or one that cannot be read
+        pass
+    state = dict(make(), key=key)
+    if os.access(path.parent, os.W_OK):
+        with writing(path):
+            save_file(state, path)
+    return state
+
+
 class IndependentClassifier(nn.Module):
     """torchvision's ResNet18: maps images (B, 3, S, S) in [-1, 1] to (penultimate features (B, 512), logits (B, K)).
     Once trained, `accuracy` is that on the real frames of validation.
@@ -399,7 +434,7 @@ def evaluate_run(folder, config, model, dataset, device='cpu', network=None, bat
     `network` is FID's Inception, `trained` how far the model was, dict(epoch=, steps=), `images` a folder for every
     I''. Returns what metrics.json holds.
     """
-    allow_tf32(False)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # float32 to the letter
     folder, independent = Path(folder), get_independent(dataset, device)
     folder.mkdir(parents=True, exist_ok=True)
     networks = {'_independent': independent} | ({'': network} if network else {})

@@ -148,7 +148,7 @@ def read_image(path, size):
             if image.width * image.height > PIXEL_LIMIT or max(image.size) > SIDE_LIMIT:
                 raise ValueError(f'{image.width} x {image.height} pixels')
             image.draft('RGB', (2 * size, 2 * size))        # a JPEG: the smallest scale of at least this
-            if image.mode == 'I;16':                        # which convert() would clip
+            if image.mode.startswith('I'):                        # 16 bits, which convert() would clip
                 image = image.point(lambda value: value / 256)
             image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
             return np.asarray(ImageOps.exif_transpose(image))

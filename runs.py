@@ -1,7 +1,4 @@
-"""What every command needs of files and processes: errors of one line, a progress line, files that are written
-whole, safe loading, the folder of a run, the device, and the processes that torchrun starts.
-"""
-import hashlib
+"""What every command needs of files and processes: errors, progress, safe reading and writing, runs, devices, ranks."""
 import json
 import os
 import shutil
@@ -66,8 +63,7 @@ class Progress:
 
     def __call__(self, text, last=False):
         if last or self.due():
-            terminal = self.stream.isatty()
-            text = one_line(text)
+            terminal, text = self.stream.isatty(), one_line(text)
             print(f'\r{text}\x1b[K' if terminal else text, end='' if terminal and not last else '\n',
                   file=self.stream, flush=True)
             self.printed = time.monotonic()
@@ -105,9 +101,8 @@ def _remove(path):
 
 
 def lock_file(file):
-    """Lock an open file or folder until it is closed or the process ends; False where another has locked it.
-    Where the file system has no locks, there is none.
-    """
+    """Lock an open file or folder until it is closed or the process ends; False where another has locked it. Where
+    the file system has no locks, there is none."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,9 +115,8 @@ def lock_file(file):
 
 @contextmanager
 def writing(path):
-    """Have a file or folder of the cache to oneself: another process that wants to write it waits here.
-
-    Raises InputError where the disk refuses: full, read-only, a file where a folder should be.
+    """Have a file or folder of the cache to oneself: another process that wants to write it waits here. Raises
+    InputError where the disk refuses: full, read-only, a file where a folder should be.
     """
     path = Path(path)
     try:
@@ -138,8 +132,8 @@ def writing(path):
 
 
 def load_file(path, mmap=False, **kinds):
-    """Load the dict in a .pt file to the CPU without running anything in it; with `mmap` a tensor is read when it
-    is used. Raises InputError, naming the file, where it cannot be read, or a key is missing or of another kind.
+    """Load the dict in a .pt file to the CPU without running anything in it; `mmap`: tensors are read when used. Raises
+    InputError, naming the file, where it cannot be read, or a key is missing or of another kind.
     """
     if not Path(path).is_file():        # a pipe would be waited for
         raise InputError(f'{path}: no such file')
@@ -171,31 +165,6 @@ def load_state(module, state, path):
         raise InputError(f'{path}: weights of another network ({reason(error)})') from error
 
 
-def kept(path, key, make):
-    """make(), a dict that is expensive and depends on nothing but `key`: from the file `path` beside the dataset's
-    cache where that is of the same key, else made now and, where the cache can be written, kept there.
-    """
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['key'] == key:
-            return state
-    except Exception:       # no file, or one that cannot be read
-        pass
-    state = dict(make(), key=key)
-    if os.access(path.parent, os.W_OK):
-        with writing(path):
-            save_file(state, path)
-    return state
-
-
-def digest(network):
-    """A name for a network's weights: they are the same where it is."""
-    weights = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        weights.update(tensor.cpu().numpy().tobytes())
-    return weights.hexdigest()
-
-
 # -------------------------------------------------------------------------------- the folder of a run
 
 def load_config(run):
@@ -224,22 +193,16 @@ def write_config(run, settings, **found):
     return settings
 
 
-def newest_run(folder='runs'):
-    """The run below `folder` whose checkpoint is the newest."""
-    checkpoints = sorted(Path(folder).glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
-        raise InputError(f'{folder}/: no run in it; train one with: python train.py')
-    return checkpoints[-1].parent
-
-
 @contextmanager
 def open_run(run, settings):
     """Have a run's folder to oneself and write its settings there. Raises InputError where another process is at work
     there, or, without settings['resume'], a run is there that got further than its settings.
     """
+    def begun():
+        return not run.is_dir() or any(path.name not in ('config.json', 'samples') for path in run.iterdir())
+
     run, fresh = Path(run), not Path(run).exists()
-    if not (settings['resume'] or fresh) and (
-            not run.is_dir() or any(path.name not in ('config.json', 'samples') for path in run.iterdir())):
+    if not (settings['resume'] or fresh) and begun():
         raise InputError(f'{run}: not an empty folder; go on with it by --resume {run}, or name another by --out')
     try:
         (run / 'samples').mkdir(parents=True, exist_ok=True)
@@ -248,11 +211,11 @@ def open_run(run, settings):
     lock = os.open(run, os.O_RDONLY) if fcntl else None
     try:
         if lock and not lock_file(lock):
-            raise InputError(f'{run}: another process is training there; wait for it, or name another folder by --out')
+            raise InputError(f'{run}: another process is training there; wait for it, or name another by --out')
         write_config(run, settings)
         yield run
     except InputError:
-        if fresh and not (run / 'classifier.pt').exists():      # nothing was begun
+        if fresh and not begun():
             shutil.rmtree(run)
         raise
     finally:
@@ -272,11 +235,6 @@ def choose_device(name=None):
         raise InputError(f'--device {name}: not to be had here ({reason(error)})') from error
 
 
-def allow_tf32(allowed):
-    """Let CUDA's convolutions and products round float32 to TF32, or not."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 def peak_memory():
     """The most memory that this process has had, in bytes; None on Windows."""
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -294,9 +252,8 @@ def world_size():
 
 @contextmanager
 def distributed(args):
-    """Join the processes of torchrun, where there are some; give each its GPU, and rank 0 alone a voice. One that
-    fails says why and ends at once, without a goodbye: the others, in the midst of a step, could not answer it.
-    They fail in turn, or torchrun ends them.
+    """Join the processes of torchrun, where there are some; give each its GPU, and rank 0 alone a voice. One that fails
+    says why and ends at once: the others, in the midst of a step, fail in turn, or torchrun ends them.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or 'LOCAL_RANK' not in os.environ:
         yield

@@ -29,12 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from cargan import (CARGAN, VARIANTS, Classifier, PatchDiscriminator, classification_loss, discriminator_loss,
                     generator_loss, l1_loss, objective)
 from demo import demo_data
-from evaluate import evaluate_run, print_report, train_classifier
+from evaluate import digest, evaluate_run, print_report, train_classifier
 from preprocess import open_dataset
 from report import LOSSES, Log, example_clips, stage_grid, way_back
-from runs import (InputError, Progress, allow_tf32, broadcast, choose_device, default_cache, digest, distributed,
-                  duration, load_config, load_file, load_state, open_run, peak_memory, rank, rank0_first, reason,
-                  run_command, save_file, world_size, write_config)
+from runs import (InputError, Progress, broadcast, choose_device, default_cache, distributed, duration, load_config,
+                  load_file, load_state, open_run, peak_memory, rank, rank0_first, reason, run_command, save_file,
+                  world_size, write_config)
 
 SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4, betas=[0.5, 0.999],
              saturating=False, ema=1500)
@@ -547,13 +547,11 @@ def parse_args(argv=None):
             if getattr(args, name) != config[name]:
                 raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)}: {args.resume} was trained with '
                                  f'{config[name]}; leave the flag out, or start a run of its own')
-        args.group = config.get('group', False)
     else:
         preset = args.preset or ('paper' if args.data or args.benchmark else 'demo')
         paper = {'lr_decay_epochs': 0, **{name: parser.get_default(name) for name in PRESETS[preset]}}
         parser.set_defaults(preset=preset, **PRESETS[preset])
         args = parser.parse_args(argv)
-        args.group = False
         if args.lr_decay_epochs is None:
             args.lr_decay_epochs = 0 if preset == 'paper' else args.epochs // 3
         if not args.data and not args.benchmark:
@@ -561,8 +559,7 @@ def parse_args(argv=None):
         if preset != 'paper':
             print(f'preset {preset}: ' + ', '.join(f'{name} {getattr(args, name)} (paper {value})'
                                                    for name, value in paper.items()), end='\n\n')
-    if args.lr_decay_epochs > args.epochs:
-        raise InputError(f'--lr-decay-epochs {args.lr_decay_epochs}: more than --epochs {args.epochs}')
+    args.group = bool(args.resume) and config.get('group', False)       # whether the run shares C with others
     return args
 
 
@@ -615,8 +612,7 @@ def train(args, run, device, gpus, again):
             trainer = Trainer(args, len(dataset.classes), dataset.lms_channels, classifier, device, gpus)
             if os.path.lexists(run / 'checkpoint.pt'):       # a broken link is no reason to start again
                 trainer.load(run / 'checkpoint.pt')
-                print(f'resumed after {trainer.epoch} of {args.epochs} epochs'
-                      + (f' and {trainer.step_in_epoch} steps' if trainer.step_in_epoch else ''))
+                print(f'resumed after {trainer.epoch} of {args.epochs} epochs and {trainer.step_in_epoch} steps')
             train_gan(trainer, dataset, args, run, saver, name)
     except torch.OutOfMemoryError as error:
         resident = dataset.train.resident_bytes
@@ -633,11 +629,11 @@ def main(argv=None):
         device = choose_device(args.device)
         gpus = list(range(torch.cuda.device_count())) if args.device in (None, 'cuda') else []
         torch.backends.cudnn.benchmark = True
-        allow_tf32(amp_mode(args, device) != 'off')     # off is float32 to the letter
+        tf32 = amp_mode(args, device) != 'off'          # off is float32 to the letter
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         plan = broadcast(plan_runs(args) if rank() == 0 else None)
         if args.benchmark:
-            benchmark(args, device, gpus)
-            return
+            return benchmark(args, device, gpus)
         for i, (settings, run) in enumerate(plan, 1):
             if len(plan) > 1:
                 print(f'\nrun {i} of {len(plan)}: {run}' + (' is done' if (run / 'metrics.json').exists() else ''))
