@@ -1614,7 +1614,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 def test_two_processes_resumed_end_as_two_uninterrupted(trained, demo, tmp_path):
     run, cache = trained
-    words = [*run_flags(demo, cache, tmp_path / 'run', '--classifier', run / 'classifier.pt')]
+    words = run_flags(demo, cache, tmp_path / 'run', '--variant', 'D', '--classifier', run / 'classifier.pt')
     whole = [*words, '--out', tmp_path / 'whole']
     for words in whole, [*words, '--epochs', '1'], ['--resume', tmp_path / 'run', '--epochs', '2', '--device', 'cpu']:
         done = command(*TORCHRUN, 2, HERE / 'train.py', *words)
@@ -1631,9 +1631,6 @@ def test_two_processes_resumed_end_as_two_uninterrupted(trained, demo, tmp_path)
     expected = copy.deepcopy(model.state_dict())
     train.recalibrate_batchnorm(model, preprocess.open_dataset(demo, 32, cache).train, 13, 'cpu')
     torch.testing.assert_close(model.state_dict(), expected, rtol=1e-4, atol=1e-5)
-    first = [float(list(csv.reader(open(folder / 'log.csv')))[1][2]) for folder in (run, tmp_path / 'run')]
-    assert first[0] == pytest.approx(first[1], rel=0.2)     # L_C of the same batch, but for BatchNorm and dropout
-    evaluate.load_run(tmp_path / 'run')
 
 
 def test_more_processes_than_pairs_and_a_single_validation_pair(demo, tmp_path):

@@ -602,18 +602,18 @@ def train(args, run, device, gpus, again):
           f'{len(dataset.classes)} classes; on '
           + (f'{world_size()} processes, this one on ' if world_size() > 1 else '')
           + (f'GPUs {gpus}' if len(gpus) > 1 else str(device)), flush=True)
-    name = '../classifier.pt' if args.group else 'classifier.pt'        # the runs of a group share C
+    path = (run.parent if args.group else run) / 'classifier.pt'        # the runs of a group share C
     advice = f'--classifier-batch-size {args.classifier_batch_size} must be lower'
     try:
         with Saver(args.save_minutes, again) as saver:
-            classifier = rank0_first(lambda: get_classifier(args, dataset, run / name, device, gpus, saver))
+            classifier = rank0_first(lambda: get_classifier(args, dataset, path, device, gpus, saver))
             advice = (f'--batch-size {args.batch_size} must be lower, or the same batch in more micro-batches: '
                       f'--accumulate {2 * args.accumulate}')
             trainer = Trainer(args, len(dataset.classes), dataset.lms_channels, classifier, device, gpus)
             if os.path.lexists(run / 'checkpoint.pt'):       # a broken link is no reason to start again
                 trainer.load(run / 'checkpoint.pt')
                 print(f'resumed after {trainer.epoch} of {args.epochs} epochs and {trainer.step_in_epoch} steps')
-            train_gan(trainer, dataset, args, run, saver, name)
+            train_gan(trainer, dataset, args, run, saver, os.path.relpath(path, run))
     except torch.OutOfMemoryError as error:
         resident = dataset.train.resident_bytes
         raise InputError(f'the memory of {device} is too small: {advice}' + (
