@@ -10,7 +10,6 @@ import zlib
 from collections import namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,39 +24,27 @@ BAR, REST_PROBABILITY = 0.6, 0.08    # a bar (seconds) holds one note, two notes
 START = 0.15                         # a pair starts so late in its bar (seconds): its first note sounds there
 PIECES = {'train': (1, 2, 3, 4), 'validation': (5, 6)}
 
-GOLD, COPPER, SILVER, BLACK = (246, 190, 40), (230, 126, 48), (226, 230, 238), (22, 20, 24)
+GOLD, COPPER, SILVER, BLACK, GREY = (246, 190, 40), (230, 126, 48), (226, 230, 238), (22, 20, 24), (46, 46, 56)
 MAROON, IVORY, WOOD, DARK_WOOD = (128, 30, 26), (244, 232, 206), (214, 112, 34), (126, 58, 24)
 
 
-class DemoInstrument(NamedTuple):
+class DemoInstrument(namedtuple('DemoInstrument', 'register rolloff formants attack vibrato noise scale play lift rest '
+                                'fingers hold shapes slide bow seated offset even', defaults=((), None, False, 0, 0))):
     """How an instrument sounds, is held and looks.
 
-    Lengths are fractions of the picture's width, y points down, angles are in degrees, clockwise.
-    `shapes` are strokes (colour, (x, y, width), ...) in the instrument's own frame (one point: a disc),
-    which `scale` and a pose (x and y from the player's mouth, angle) take to the picture.
+    Its sound: lowest and highest pitch (MIDI), slope of the spectrum when soft and loud (dB per octave), resonances
+    ((Hz, dB), ...), attack (seconds), vibrato (cents), noise of breath or bow beside the tone (dB); `even` partials are
+    this much weaker (dB). In the picture lengths are fractions of its width, y points down, angles are in degrees,
+    clockwise. `shapes` are strokes (colour, (x, y, width), ...) in the instrument's own frame (one point: a disc),
+    which `scale` and a pose (x and y from the player's mouth, angle) take to the picture: `play` for the softest note,
+    which `lift` turns for the loudest, `rest` while the player waits. `fingers`: where the playing hand is at the
+    lowest and highest pitch; `hold`: the other hand, or the bow on the strings; `slide`: shapes that move along with
+    the playing hand; `bow`: the direction from strings to bow hand; `offset`: of the player from the middle.
     """
-    register: tuple             # lowest and highest pitch, MIDI note numbers
-    rolloff: tuple              # slope of the spectrum when soft and loud, dB per octave
-    formants: tuple             # resonances: (Hz, gain in dB), ...
-    attack: float               # seconds
-    vibrato: float              # depth, cents
-    noise: float                # breath or bow noise relative to the tone, dB
-    scale: float
-    play: tuple                 # pose of the softest note ...
-    lift: float                 # ... which the loudest one turns by this angle
-    rest: tuple                 # pose while the player waits
-    fingers: tuple              # place of the playing hand at the lowest, highest pitch
-    hold: tuple                 # place of the other hand, or of the bow on the strings
-    shapes: tuple
-    slide: tuple = ()           # shapes that move along with the playing hand
-    bow: float | None = None    # direction from the strings to the bow hand, in the picture
-    seated: bool = False
-    offset: float = 0.0         # of the player from the middle of the picture
-    even: float = 0.0           # even partials are this much weaker, dB
 
 
-def discs(colour, size, *points):
-    return tuple((colour, (x, y, size)) for x, y in points)
+def keys(colour, size, *places):
+    return tuple((colour, (x, 0, size)) for x in places)
 
 
 def coil(colour, x, y, radius, width):
@@ -66,54 +53,49 @@ def coil(colour, x, y, radius, width):
 
 
 def bowed(wood):
-    """Body, scroll, fingerboard, tailpiece, bridge and f-holes; x runs from tail (0) to scroll."""
+    """Body, scroll, fingerboard, tailpiece and bridge; x runs from tail (0) to scroll."""
     return ((wood, (0, 0, .16), (.02, 0, .36), (.16, 0, .42), (.29, 0, .08), (.40, 0, .38), (.54, 0, .32),
              (.55, 0, .10)), (wood, (.94, 0, .07), (1, 0, .10)),
             (BLACK, (.34, 0, .07), (.94, 0, .055)), (BLACK, (.05, 0, .06), (.16, 0, .06)),
-            (IVORY, (.24, -.07, .025), (.24, .07, .025)),
-            (BLACK, (.18, -.11, .02), (.29, -.08, .02)), (BLACK, (.18, .11, .02), (.29, .08, .02)))
+            (IVORY, (.24, -.07, .025), (.24, .07, .025)))
 
 
 DEMO_INSTRUMENTS = {
     'bassoon': DemoInstrument((34, 72), (13, 7), ((480, 14), (1200, 6)), .03, 10, -34,
         1, (0, 0, 4), -16, (.02, .10, 24), ((.14, 0), (-.04, .30)), (-.12, .40),
         ((MAROON, (-.20, .52, .075), (.22, -.17, .055)), (IVORY, (.21, -.16, .07), (.23, -.20, .08)),
-         (SILVER, (0, 0, .012), (-.03, .01, .014), (-.06, .07, .016), (.01, .16, .018)),
-         *discs(SILVER, .03, (-.15, .44), (-.05, .28), (.10, .04))), seated=True),
+         (SILVER, (0, 0, .012), (-.03, .01, .014), (-.06, .07, .016), (.01, .16, .018))), seated=True),
     'cello': DemoInstrument((36, 76), (8, 6), ((250, 6), (600, 5), (2000, 4)), .05, 22, -32,
         .66, (.04, .53, -86), 7, (.10, .53, -66), ((.92, 0), (.52, 0)), (.30, 0),
         ((BLACK, (-.10, 0, .02), (0, 0, .02)), *bowed(WOOD)), bow=172, seated=True),
     'clarinet': DemoInstrument((50, 91), (12, 7), ((1500, 4),), .03, 2, -36,
         .44, (0, 0, 118), 24, (-.06, .20, 75), ((.70, 0), (.28, 0)), (.60, 0),
         ((BLACK, (0, 0, .05), (.10, 0, .09), (.78, 0, .10), (.92, 0, .15), (1, 0, .30)),
-         *discs(SILVER, .05, *((x, 0) for x in (.14, .25, .37, .49, .61, .72, .82)))), even=26),
+         *keys(SILVER, .05, .14, .25, .37, .49, .61, .72, .82)), even=26),
     'double_bass': DemoInstrument((28, 60), (9, 7), ((110, 8), (350, 5)), .06, 8, -30,
         .90, (.17, .69, -93), 5, (.20, .69, -79), ((.90, 0), (.52, 0)), (.30, 0),
         ((BLACK, (-.06, 0, .015), (0, 0, .015)), *bowed(DARK_WOOD)), bow=165, offset=-.12),
     'flute': DemoInstrument((60, 96), (22, 12), ((900, 5),), .05, 25, -22,
         .48, (.04, 0, 172), 14, (-.10, .24, 40), ((.84, 0), (.42, 0)), (.28, 0),
-        ((SILVER, (0, 0, .065), (1, 0, .065)), *discs(BLACK, .025, *((x, 0) for x in (.08, .40, .50, .60, .70, .80))))),
+        ((SILVER, (0, 0, .065), (1, 0, .065)), *keys(BLACK, .025, .08, .40, .50, .60, .70, .80))),
     'horn': DemoInstrument((41, 77), (18, 9), ((340, 9),), .06, 3, -38,
         1, (0, 0, 0), 16, (.06, .12, -30), ((.19, .27), (.04, .12)), (-.20, .33),
         (coil(COPPER, .05, .23, .135, .03), coil(COPPER, .05, .23, .07, .024),
          (COPPER, (0, 0, .018), (.02, .05, .02), (.12, .08, .025), (.17, .18, .03)),
-         (COPPER, (.10, .11, .03), (-.02, .09, .045), (-.12, .15, .06), (-.17, .23, .09), (-.20, .29, .17),
-          (-.225, .335, .32))), seated=True),
+         (COPPER, (.1, .11, .03), (-.06, .1, .045), (-.17, .22, .08), (-.2, .29, .17), (-.22, .33, .32))), seated=True),
     'oboe': DemoInstrument((58, 91), (9, 5), ((1050, 14), (2900, 9)), .03, 14, -38,
         .42, (0, 0, 90), -20, (0, .28, 20), ((.72, 0), (.25, 0)), (.62, 0),
         ((IVORY, (0, 0, .03), (.12, 0, .03)), (BLACK, (.12, 0, .055), (.9, 0, .065), (1, 0, .13)),
-         *discs(SILVER, .03, *((x, 0) for x in (.25, .35, .45, .55, .65, .75)))), seated=True),
+         *keys(SILVER, .03, .25, .35, .45, .55, .65, .75)), seated=True),
     'sax': DemoInstrument((49, 81), (9, 5), ((700, 6), (1700, 6)), .03, 18, -28,
         1, (0, 0, 0), 16, (-.02, .12, -24), ((-.08, .08), (-.14, .30)), (-.10, .24),
         ((BLACK, (0, 0, .02), (-.03, -.01, .025)),
          (GOLD, (-.03, -.01, .02), (-.08, -.02, .025), (-.08, .06, .04), (-.12, .22, .055), (-.16, .44, .07),
-          (-.24, .49, .08), (-.29, .4, .09), (-.30, .28, .11), (-.33, .23, .20)),
-         *discs(IVORY, .028, (-.10, .14), (-.115, .22), (-.13, .30), (-.15, .38)))),
+          (-.24, .49, .08), (-.29, .4, .09), (-.30, .28, .11), (-.33, .23, .20)))),
     'trombone': DemoInstrument((40, 72), (17, 6), ((600, 6),), .05, 3, -40,
         .52, (0, 0, 172), 12, (-.05, .12, 118), ((.82, 0), (.40, 0)), (.16, -.03),
-        ((GOLD, (0, 0, .03), (.55, 0, .03)), (GOLD, (.06, -.09, .03), (.55, -.09, .03)),
-         (GOLD, (.06, -.09, .03), (-.22, -.09, .04), (-.36, -.22, .05), (-.24, -.35, .05),
-          (.10, -.35, .06), (.34, -.35, .10), (.44, -.35, .22), (.48, -.35, .42))),
+        ((GOLD, (0, 0, .03), (.55, 0, .03)), (GOLD, (-.22, -.09, .03), (.55, -.09, .03)),
+         (GOLD, (-.22, -.09, .04), (-.36, -.22, .05), (-.24, -.35, .05), (.34, -.35, .10), (.48, -.35, .42))),
         ((SILVER, (-.25, 0, .04), (.28, 0, .04), (.36, -.045, .04), (.28, -.09, .04), (-.25, -.09, .04)),
          (SILVER, (0, 0, .03), (0, -.09, .03))), offset=.12),
     'trumpet': DemoInstrument((55, 82), (15, 3), ((1200, 8),), .03, 8, -38,
@@ -123,8 +105,7 @@ DEMO_INSTRUMENTS = {
          *((IVORY, (x, .09, .045), (x, -.24, .045)) for x in (.38, .47, .56)))),
     'tuba': DemoInstrument((28, 58), (17, 9), ((230, 8),), .07, 2, -36,
         1, (0, 0, 0), -14, (.02, .06, 20), ((.12, .16), (-.02, .30)), (-.14, .32),
-        ((GOLD, (-.13, .08, .07), (-.15, .38, .08), (-.02, .48, .11), (.14, .4, .12), (.16, .10, .13), (.17, -.12, .16),
-          (.17, -.20, .30), (.17, -.235, .36)),
+        ((GOLD, (-.13, .08, .07), (-.15, .38, .08), (0, .48, .11), (.14, .4, .12), (.17, -.12, .16), (.17, -.24, .4)),
          coil(GOLD, 0, .25, .10, .05), (GOLD, (0, .02, .03), (-.06, .02, .03), (-.13, .08, .06)),
          *((IVORY, (x, .18, .024), (x, .32, .024)) for x in (-.03, .01, .05))), seated=True),
     'viola': DemoInstrument((48, 84), (9, 7), ((220, 6), (700, 8)), .05, 22, -30,
@@ -137,7 +118,7 @@ DEMO_INSTRUMENTS = {
 
 Note = namedtuple('Note', 'start duration pitch loudness')    # seconds, seconds, MIDI, 0 ... 1
 REST = Note(0, 0, 0, 0)
-Player = namedtuple('Player', 'skin hair shirt trousers long_hair build x curtain folds light')
+Player = namedtuple('Player', 'skin hair shirt x light')
 
 
 def stable_rng(*key):
@@ -198,23 +179,20 @@ def demo_sound(instrument, notes, moment, rng):
 
 def demo_player(rng):
     """Random looks; light shirts, so that every instrument stands out."""
-    skin, hair, shirt, trousers = (colours[rng.integers(len(colours))] for colours in (
+    skin, hair, shirt = (colours[rng.integers(4)] for colours in (
         ((246, 208, 178), (232, 186, 150), (186, 128, 92), (128, 84, 60)),
         ((36, 26, 22), (92, 56, 30), (206, 166, 92), (150, 146, 146)),
-        ((240, 238, 232), (206, 214, 224), (222, 206, 196), (198, 216, 200)),
-        ((40, 40, 50), (58, 52, 50), (34, 42, 66))))
-    return Player(skin, hair, shirt, trousers, long_hair=rng.random() < .5, build=rng.uniform(.095, .115),
-                  x=rng.uniform(.48, .52), folds=rng.uniform(7, 9), light=rng.uniform(.35, .65),
-                  curtain=tuple(rng.uniform(.85, 1.15) * np.array((34, 66, 150))))
+        ((240, 238, 232), (206, 214, 224), (222, 206, 196), (198, 216, 200))))
+    return Player(skin, hair, shirt, x=rng.uniform(.48, .52), light=rng.uniform(.9, 1.2))
 
 
 @lru_cache(maxsize=8)
-def empty_stage(player, size):
-    """A blue curtain with folds and a wooden floor in soft light: PIL RGB image, size x size."""
+def empty_stage(light, size):
+    """A blue curtain with folds and a wooden floor, darker at the edges: PIL RGB image, size x size."""
     y, x = np.mgrid[:size, :size][..., None] / size
-    folds = 1 + .22 * np.sin(2 * np.pi * player.folds * x + 1.5 * np.sin(5 * x) + .4 * y)
-    light = 1.1 - .9 * ((x - player.light) ** 2 + (y - .45) ** 2)
-    picture = light * np.where(y > .88, (.8 + .4 * y) * (112, 78, 58), folds * player.curtain)
+    folds = 1 + .22 * np.sin(50 * x + 1.5 * np.sin(5 * x))
+    spot = light * (1 - .8 * ((x - .5) ** 2 + (y - .45) ** 2))
+    picture = spot * np.where(y > .88, (128, 90, 66), folds * (34, 66, 150))
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
@@ -256,31 +234,24 @@ def bent_arm(shoulder, hand, side):
 def demo_picture(instrument, player, note, sway, size):
     """The player during `note` (or REST), `sway` beside the usual place: PIL RGB image, size x size."""
     factor = max(2, -(-256 // size))              # drawn larger, then averaged: anti-aliasing
-    image = empty_stage(player, size * factor).copy()
+    image = empty_stage(player.light, size * factor).copy()
     stroke = partial(draw_stroke, ImageDraw.Draw(image))
     seated, playing = instrument.seated, note is not REST
 
     x, neck = player.x + instrument.offset + sway, .39 if seated else .31
     head, hip = neck - .095, neck + .29
-    if seated:
-        stroke((84, 70, 62), [(x, neck + .10, .26), (x, hip + .06, .26)])        # the chair
     for side in (-1, 1):
-        thigh, foot = x + side * .05, x + side * (.14 if seated else .07)
-        knee = (x + side * .15, hip + .06, .10) if seated else (x + side * .06, .77, .09)
-        stroke(player.trousers, [(thigh, hip - .04, .10), (thigh, hip, .10), knee, (foot, .85, .075), (foot, .93, .07)])
-        stroke(BLACK, [(foot - .04, .945, .03), (foot + .04, .945, .03)])
-    if player.long_hair:
-        stroke(player.hair, [(x, head - .03, .17), (x, head + .10, .17)])
-    stroke(player.shirt, [(x, neck - .02, .06), (x, neck, 1.9 * player.build), (x, neck + .08, 2.1 * player.build),
-                          (x, hip, .17), (x, hip + .02, .17)])
+        thigh, knee, foot = (x + side * out for out in ((.05, .15, .14) if seated else (.05, .06, .07)))
+        stroke(GREY, [(thigh, hip - .04, .10), (thigh, hip, .10), (knee, hip + .06 if seated else .77, .09),
+                      (foot, .85, .075), (foot, .95, .07)])
+    stroke(player.shirt, [(x, neck - .02, .06), (x, neck, .20), (x, neck + .08, .22), (x, hip + .02, .17)])
     stroke(player.hair, [(x, head - .018, .155)])
     stroke(player.skin, [(x, head + .012, .125)])
     for side in (-1, 1):
         stroke(BLACK, [(x + side * .024, head + .005, .006)])
 
     # What is heard: loudness turns the instrument and draws the bow, pitch moves the fingers.
-    low, high = instrument.register
-    height = (note.pitch - low) / (high - low) if playing else 0
+    height = np.interp(note.pitch, instrument.register, (0, 1))
     dx, dy, angle = instrument.play if playing else instrument.rest
     pose = x + dx, head + .045 + dy, angle + instrument.lift * note.loudness, instrument.scale
     fingers = np.array([1 - height, height]) @ instrument.fingers
@@ -288,15 +259,14 @@ def demo_picture(instrument, player, note, sway, size):
     strokes = [(colour, place(points, *pose)) for colour, *points in instrument.shapes]
     strokes += [(colour, place(np.add(points, (*fingers, 0)), *pose)) for colour, *points in instrument.slide]
     if instrument.bow is not None:
-        reach, bow = .05 + .22 * note.loudness, (*hands[1], instrument.bow)
-        if not playing:
-            reach, bow = 0, (x - .17, neck + .26, -75, .8)      # hanging down at the side
-        hands[1], tip = place([(reach, 0), (reach - .40, 0)], *bow)
+        grip = .05 + .22 * note.loudness
+        bow = (*hands[1], instrument.bow) if playing else (x - .17, neck + .22, -75)     # hanging down at the side
+        hands[1], tip = place([(grip, 0), (grip - .40, 0)], *bow)
         strokes.append((IVORY, [(*hands[1], .016), (*tip, .016)]))
 
     hands = hands[hands[:, 0].argsort()]                      # from left to right: uncrossed arms
     for side, hand in zip((-1, 1), hands):
-        shoulder = np.array([x + side * (player.build - .01), neck + .045])
+        shoulder = np.array([x + side * .095, neck + .045])
         stroke(player.shirt, bent_arm(shoulder, hand, side))
     for colour, points in strokes:
         stroke(colour, points)
@@ -310,12 +280,10 @@ def demo_pair(instrument, split, piece, moment, seed=0, size=256):
 
     Returns the waveform, (22050,) float32 in [-1, 1] at 44,100 Hz, and a PIL RGB image.
     """
-    key = seed, split, instrument, piece
-    rng, instrument = stable_rng(*key), DEMO_INSTRUMENTS[instrument]
+    rng, instrument = stable_rng(seed, split, instrument, piece), DEMO_INSTRUMENTS[instrument]
     player = demo_player(rng)
     notes = demo_melody(instrument.register, rng, moment + DURATION)
     shown = next((note for note in notes if note.start <= moment < note.start + note.duration), REST)
-    rng = stable_rng(*key, round(1000 * moment))
     waveform = demo_sound(instrument, notes, moment, rng)
     return waveform, demo_picture(instrument, player, shown, rng.uniform(-.01, .01), size)
 

@@ -2,8 +2,7 @@
 
     python evaluate.py                     # the newest run below runs/
     python evaluate.py runs/paper          # any run: a folder that train.py made
-    python evaluate.py runs/A runs/B ...   # several side by side: the ablation; seeds of one model: mean +- deviation
-    python evaluate.py runs                # all runs in a folder
+    python evaluate.py runs/A runs/B ...   # several side by side, or all of a folder; seeds as mean +- deviation
     python evaluate.py --audio clip.wav --label violin     # the picture for a recording of your own
 
 Every clip of both splits goes through G1 and G2. The run's own classifier C says what the pictures show, as in the
@@ -27,8 +26,8 @@ from torch import nn
 from cargan import CARGAN, Classifier
 from demo import demo_data
 from preprocess import open_dataset, read_wav
-from report import (as_saved, example_clips, example_pictures, failure_grid, generate_recording, paper_figures,
-                    picture, print_report, print_tables, stage_grid)
+from report import (as_saved, draw_grid, example_clips, example_pictures, failure_grid, generate_recording,
+                    paper_figures, picture, print_report, print_tables)
 from runs import (InputError, Progress, choose_device, default_cache, load_config, load_file, load_state, reason,
                   run_command, save_file, writing, written_whole)
 
@@ -39,14 +38,6 @@ SEEDS_OWN = ('seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers',
 
 
 # ------------------------------------------------------------------------------------- a run, loaded
-
-def newest_run(folder='runs'):
-    """The run below `folder` whose checkpoint is the newest."""
-    checkpoints = sorted(Path(folder).glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
-        raise InputError(f'{folder}/: no run in it; train one with: python train.py')
-    return checkpoints[-1].parent
-
 
 def load_run(run, device='cpu'):
     """A run's settings, its model in eval mode, and how far it was trained: (config, model, dict(epoch=, steps=)).
@@ -67,17 +58,14 @@ def load_run(run, device='cpu'):
     load_state(classifier, load_file(source, classifier=dict)['classifier'], source)
     if digest(classifier) != state['classifier_digest']:
         raise InputError(f'{source}: not the classifier that {path} was trained with; put that one back')
-    residue = {name: value for name, value in model.state_dict().items() if name.startswith('residue.')}
-    load_state(model, {**(state.get('average') or state['model']), **residue}, path)
+    load_state(model, {**(state.get('average') or state['model']), **model.residue.state_dict(prefix='residue.')}, path)
     return config, model.to(device).eval(), dict(epoch=state['epoch'], steps=state['steps'])
 
 
 def digest(network):
     """A name for a network's weights: they are the same where it is."""
-    weights = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        weights.update(tensor.cpu().numpy().tobytes())
-    return weights.hexdigest()
+    weights = b''.join(tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()
 
 
 def open_run_data(config, data=None, cache=None):
@@ -121,20 +109,15 @@ class InceptionV3(torchvision.models.Inception3):
         return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1)
 
     def forward(self, images):                                       # (B, 3, H, W) in [0, 1]
-        x = F.interpolate(images, size=(299, 299), mode='bilinear', align_corners=False)
-        x = 2 * x - 1                                                # (B, 3, 299, 299)
+        x = 2 * F.interpolate(images, size=(299, 299), mode='bilinear', align_corners=False) - 1    # (B, 3, 299, 299)
         *layers, fc = self.children()
-        for layer in layers:
-            x = layer(x)
-        features = x.flatten(1)                                      # (B, 2048)
+        features = nn.Sequential(*layers)(x).flatten(1)              # (B, 2048)
         return features, features @ fc.weight.T                      # (B, 2048), (B, 1008)
 
 
 def inception(path=None):
-    """FID's Inception network in eval mode, frozen, on the CPU.
-
-    Its weights are those in the file `path`, else in torch.hub's cache, else downloaded there. Raises InputError,
-    naming the file, where they cannot be had or are another network's.
+    """FID's Inception network in eval mode, frozen, on the CPU. Its weights are in the file `path`, else in torch.hub's
+    cache, else downloaded there. Raises InputError, naming the file, where they cannot be had or are another network's.
     """
     network, cached = InceptionV3(), Path(torch.hub.get_dir(), 'checkpoints', Path(INCEPTION_URL).name)
     try:
@@ -155,7 +138,10 @@ def frechet_distance(features_a, features_b):
     is the sum of the singular values of A B^T: there is no matrix root to be lost in complex numbers where n <= d.
     Raises ValueError for fewer than two rows, two different d, and values that are not finite.
     """
-    (mu_a, A), (mu_b, B) = map(_mean_and_factor, _checked(features_a, features_b))
+    a, b = _checked(features_a, features_b)
+    mu_a, mu_b = a.mean(dim=0), b.mean(dim=0)                        # (d,)
+    # R of a QR decomposition has R^T R = x^T x, and no more than d rows
+    A, B = (torch.linalg.qr(x, mode='r').R / (len(x) - 1) ** 0.5 for x in (a - mu_a, b - mu_b))
     overlap = torch.linalg.svdvals(A @ B.T).sum()
     distance = (mu_a - mu_b).square().sum() + A.square().sum() + B.square().sum() - 2 * overlap
     return max(0.0, distance.item())                                 # of equals: 0 but for rounding
@@ -168,15 +154,6 @@ def _checked(*sets):
         raise ValueError(f'features of shape {" and ".join(str(tuple(x.shape)) for x in sets)}, not (rows, d) of '
                          'finite numbers with one d and at least 2 rows')
     return sets
-
-
-def _mean_and_factor(x):
-    """The mean (d,) of features (n, d) and a factor A (min(n, d), d) of their covariance A^T A (divisor n - 1)."""
-    mean, count = x.mean(dim=0), len(x)
-    x = x - mean
-    if count > x.shape[1]:
-        x = torch.linalg.qr(x, mode='r').R                           # R^T R = x^T x
-    return mean, x / (count - 1) ** 0.5
 
 
 def kernel_distance(features_a, features_b):
@@ -205,12 +182,10 @@ def inception_score(probabilities, splits=10):
     p = torch.as_tensor(probabilities).detach().cpu().double()
     if splits < 1 or p.ndim != 2 or len(p) < splits or not (p.min() >= 0 and (p.sum(dim=1) - 1).abs().max() < 1e-3):
         raise ValueError(f'{tuple(p.shape)}: not rows of probabilities, or too few of them for {splits} splits')
-    scores = []
-    for part in p.tensor_split(splits):
-        marginal = part.mean(dim=0)                                  # p(y) (K,)
-        # E KL is the entropy of y less that of y given x: no quotient of two vanishing probabilities
-        scores.append((torch.xlogy(part, part).sum(dim=1).mean() - torch.xlogy(marginal, marginal).sum()).exp())
-    scores = torch.stack(scores)                                     # (splits,)
+    entr = torch.special.entr                                        # -p log p
+    # E KL is the entropy of y less that of y given x: no quotient of two vanishing probabilities
+    scores = torch.stack([entr(part.mean(dim=0)).sum() - entr(part).sum(dim=1).mean()
+                          for part in p.tensor_split(splits)]).exp()
     return scores.mean().item(), scores.std(correction=0).item()
 
 
@@ -281,23 +256,6 @@ def measure_accuracy(classifier, split, batch_size=64, device='cpu', source=1):
     return float(correct) / len(split)
 
 
-def kept(path, key, make):
-    """make(), a dict that is expensive and depends on nothing but `key`: from the file `path` beside the dataset's
-    cache where that is of the same key, else made now and, where the cache can be written, kept there.
-    """
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['key'] == key:
-            return state
-    except Exception:       # no file, or one that cannot be read
-        pass
-    state = dict(make(), key=key)
-    if os.access(path.parent, os.W_OK):
-        with writing(path):
-            save_file(state, path)
-    return state
-
-
 class IndependentClassifier(nn.Module):
     """torchvision's ResNet18: maps images (B, 3, S, S) in [-1, 1] to (penultimate features (B, 512), logits (B, K)).
     Once trained, `accuracy` is that on the real frames of validation.
@@ -314,18 +272,23 @@ class IndependentClassifier(nn.Module):
 
 
 def get_independent(dataset, device='cpu'):
-    """The independent classifier of a dataset's real frames, in eval mode.
-
-    C guides the training, so that its predictions for the result flatter; this one guided none, and is the same
-    for all runs on the same data. It is trained once, from random weights, and kept beside the dataset's cache.
+    """The independent classifier of a dataset's real frames, in eval mode. C flatters what it guided; this one is the
+    same for all runs on the same data. It is trained once, from random weights, and kept beside the dataset's cache.
     """
     path, key = dataset.folder / 'independent.pt', f'{INDEPENDENT_VERSION} {dataset.fingerprint}'
     with torch.random.fork_rng():           # the run's random numbers stay its own
         torch.manual_seed(INDEPENDENT_SEED)
         independent = IndependentClassifier(len(dataset.classes)).to(device)
-        state = kept(path, key, lambda: train_classifier(
-            independent.resnet, dataset, 'independent classifier', accuracy=0.99, batch_size=16,
-            seed=INDEPENDENT_SEED, device=device))
+        try:
+            state = load_file(path, key=str, classifier=dict, accuracy=float)
+        except InputError:
+            state = dict(key=None)
+        if state['key'] != key:
+            state = dict(train_classifier(independent.resnet, dataset, 'independent classifier', accuracy=0.99,
+                                          batch_size=16, seed=INDEPENDENT_SEED, device=device), key=key)
+            if os.access(path.parent, os.W_OK):
+                with writing(path):
+                    save_file(state, path)
     load_state(independent.resnet, state['classifier'], path)
     independent.accuracy = state['accuracy']
     return independent.eval().requires_grad_(False)
@@ -416,8 +379,8 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
 
 
 def random_frames(train_labels, labels, own=False):
-    """For each of `labels` (n,) the index of a train pair of that class, drawn by seed; with `own`, as the labels are
-    train's, of another pair than itself if the class has one.
+    """Draw a train pair of the class of each of `labels` (n,), by seed: indices (n,). With `own` the labels are train's
+    own, and each gets another pair than itself if its class has one.
     """
     generator, drawn = torch.Generator().manual_seed(0), []
     for i, label in enumerate(labels):
@@ -459,13 +422,14 @@ def evaluate_run(folder, config, model, dataset, device='cpu', network=None, bat
                                 compute_mode='donot_use_mm_for_euclid_dist')            # the quick way loses digits
         return dataset.train.batch(distances.argmin(dim=1))[1]
 
-    stage_grid(model, example_clips(dataset), folder / 'grid.png', device, nearest)
+    draw_grid(example_pictures(model, example_clips(dataset), device, nearest), folder / 'grid.png')
     return metrics
 
 
 def generate_file(run, audio, label, out, device):
     """`--audio`: check what was asked for, generate the recording's scene and write the picture."""
     config, model, _ = load_run(run, device)
+    out = out or Path(audio).with_suffix('.png').name
     if config['lms_channels'] != 1:
         raise InputError(f'{audio}: this run was trained on LMS drawn as pictures and cannot hear a recording')
     if label not in config['classes']:
@@ -490,15 +454,13 @@ def evaluate_folder(run, args, device, network, out=None):
 
 
 def compare_runs(runs, configs, args, device, network):
-    """Tables 1 and 2 and Figures 4 and 5 for several runs of one dataset: a column a run, or one for all those that
-    differ in nothing but their seed.
+    """Tables 1 and 2, Figures 4 and 5 of several runs of one dataset; those that differ in the seed alone are a column.
     """
     groups, columns, shown = {}, {}, {}
     for run, config in zip(runs, configs):
         for name in ('size',) if args.data else ('size', 'data'):
             if config[name] != configs[0][name]:
-                raise InputError(f'{run}: its {name} is {config[name]}, not {configs[0][name]} as in {runs[0]}: only '
-                                 'runs on the same data and size stand side by side')
+                raise InputError(f'{run}: {name} {config[name]}; runs side by side want the same data and size')
         groups.setdefault(str(sorted((config | dict.fromkeys(SEEDS_OWN)).items())), []).append(run)
     for group in groups.values():
         _, (config, *_), metrics, pictures = zip(*[evaluate_folder(run, args, device, network) for run in group])
@@ -534,14 +496,16 @@ def main(argv=None):
         parser.error('--audio and --label go together')
     if args.batch_size < 1:
         parser.error('--batch-size must be at least 1')
-    runs = [run for folder in args.runs or [newest_run()]           # a folder of runs stands for those in it
+    newest = max(Path('runs').glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime, default=None)
+    if not (args.runs or newest):
+        raise InputError('runs/: no run in it; train one with: python train.py')
+    runs = [run for folder in args.runs or [newest.parent]          # a folder of runs stands for those in it
             for run in sorted(path.parent for path in Path(folder).glob('*/config.json')) or [folder]]
     if len(runs) > 1 and (args.audio or args.images):
         parser.error('--audio and --images want one run')
     device = choose_device(args.device)
     if args.audio:
-        out = args.out or Path(args.audio).with_suffix('.png').name
-        return generate_file(runs[0], args.audio, args.label, out, device)
+        return generate_file(runs[0], args.audio, args.label, args.out, device)
     if args.images and Path(args.images).is_dir() and any(Path(args.images).iterdir()):
         raise InputError(f'{args.images}: not an empty folder; name another by --images')
     configs = [load_config(run) for run in runs]        # refused before anything that takes time
@@ -554,8 +518,7 @@ def main(argv=None):
         network = None
     if len(runs) > 1:
         return compare_runs(runs, configs, args, device, network)
-    folder, config, metrics, _ = evaluate_folder(runs[0], args, device, network, args.out)
-    print_report(folder, config, metrics)
+    print_report(*evaluate_folder(runs[0], args, device, network, args.out)[:3])
 
 
 if __name__ == '__main__':

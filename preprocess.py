@@ -32,11 +32,9 @@ from scipy.io import wavfile
 
 from runs import InputError, Progress, default_cache, one_line, reason, run_command, writing, written_whole
 
-SAMPLE_RATE = 22050         # Hz, after resampling
-CLIP = 11025                # samples: 0.5 s
+SAMPLE_RATE, CLIP = 22050, 11025        # Hz, after resampling; samples: 0.5 s
 N_FFT, HOP, N_MELS = 2048, 512, 128
 DB_RANGE = (-80.0, 40.0)    # dB, shown to the network as [-1, 1]; absolute, so that silence is dark
-LAYOUT = 'DATA/{chunk,img}/{train,validation}/<class>/<stem>.{wav,jpg}'
 
 MINUTES, FILE_LIMIT = 10, 2 ** 27       # a recording may last, a file may hold (bytes) as much
 PIXEL_LIMIT, SIDE_LIMIT = 7680 * 4320, 2 ** 16      # of a picture: 8K
@@ -71,8 +69,7 @@ def read_wav(path, seconds=None):
     """Read a WAV file, or its first `seconds`: 8- to 64-bit integer or float, 8 to 192 kHz, any number of channels.
 
     Returns (waveform (n,) float32, the mean of the channels, full scale = [-1, 1]; sample rate in Hz). Raises
-    InputError, naming the file, where it is unreadable, cut short, empty, not finite, larger than 128 MiB, or lasts
-    more than 10 minutes in what is asked for.
+    InputError, naming the file, where it is broken, empty, not finite, over 128 MiB, or asked for over 10 minutes.
     """
     try:
         sample_rate, samples = wavfile.read(UserFile(path, whole=True))
@@ -83,15 +80,13 @@ def read_wav(path, seconds=None):
             raise ValueError(f'more than {MINUTES} minutes')
         if samples.size == 0:
             raise ValueError('no samples in it')
-        zero, full = 0, 1
-        if samples.dtype.kind != 'f':       # 8 bits are unsigned; 24 come as the upper three bytes of 32
-            zero, full = (128, 128) if samples.dtype == np.uint8 else (0, -float(np.iinfo(samples.dtype).min))
-        elif np.isfinite(samples).all():
-            samples = samples.clip(-1, 1)
-        else:
+        kind, full = samples.dtype.kind, 2 ** (8 * samples.itemsize - 1)    # 24 bits come as the upper ones of 32
+        if kind == 'f' and not np.isfinite(samples).all():
             raise ValueError('samples that are not finite numbers')
+        if kind == 'f':
+            samples, full = samples.clip(-1, 1), 1
         waveform = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
-        waveform -= zero            # in place: it may be large
+        waveform -= full if kind == 'u' else 0      # 8 bits are unsigned; in place, as it may be large
         waveform /= full
     except Exception as error:      # scipy answers a broken header with whatever it stumbles over
         raise InputError(f'{path}: not a readable WAV file ({reason(error)}); '
@@ -100,9 +95,8 @@ def read_wav(path, seconds=None):
 
 
 def mel_filterbank(sample_rate=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=0.0, fmax=None):
-    """Triangular mel filters on the Slaney scale, each of area 1: (n_mels, n_fft // 2 + 1) float32.
-
-    Linear up to 1 kHz (15 mels), logarithmic above (27 mels for each factor of 6.4); all frequencies in Hz.
+    """Triangular mel filters, each of area 1: (n_mels, n_fft // 2 + 1) float32; frequencies in Hz. Slaney's scale is
+    linear up to 1 kHz (15 mels), logarithmic above (27 mels for each factor of 6.4).
     """
     hz = np.array([fmin, fmax or sample_rate / 2])
     ends = np.minimum(hz, 1000) * 3 / 200 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4)
@@ -121,10 +115,8 @@ def log_mel_spectrogram(waveform, sample_rate):
     """The LMS of half a second of sound, section 3.5: waveform (n,) in [-1, 1] -> (128, 22) float32, dB.
 
     Resampled to 22,050 Hz, cut or zero-padded to 11,025 samples; power of the STFT (Hann 2048, hop 512, centred with
-    reflection) in 128 mel bands from 0 to 11,025 Hz; 10 log10(max(x, 1e-10)). Row 0 is the lowest band. The level is
-    absolute: a silent clip is -100 dB throughout.
+    reflection) in 128 mel bands up to 11,025 Hz, the lowest first; 10 log10(max(x, 1e-10)): silence is -100 dB.
     """
-    waveform = waveform[:ceil((CLIP + 64) * sample_rate / SAMPLE_RATE)]     # the filter reaches less than 64 beyond
     waveform = signal.resample_poly(waveform, SAMPLE_RATE, sample_rate)[:CLIP]
     waveform = np.pad(waveform, (0, CLIP - len(waveform)))
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(waveform, N_FFT // 2, mode='reflect'), N_FFT)[::HOP]
@@ -140,8 +132,7 @@ def read_image(path, size):
     """
     try:
         file = UserFile(path)
-        # each scan of a progressive JPEG is a pass over the whole picture, each profile of a PNG is unpacked:
-        # of the one there are some ten, of the other one, unless the file is meant to stall us
+        # scans of a JPEG, each a pass over the picture, and profiles of a PNG, each unpacked: ten are many
         if max(file.getvalue().count(part) for part in (b'\xff\xda\0', b'iCCP')) > 50:
             raise ValueError('it consists of too many parts')
         with Image.open(file, formats=('JPEG', 'PNG')) as image:
@@ -162,22 +153,17 @@ Pair = namedtuple('Pair', 'split name stem audio image')      # the name is that
 
 
 def find_pairs(data):
-    """Pair the files of a dataset folder by stem within split and class.
-
-    Returns (classes, pairs, problems): the sorted names, the pairs in order of split, class and stem, and a line for
-    each file without a partner. Raises InputError where the layout is not there, or a name cannot be printed.
+    """Pair the files of a dataset folder by stem within split and class: (classes, pairs, problems), the last a line
+    for each file without a partner. Raises InputError for a missing layout or a class name that cannot be printed.
     """
     classes, pairs, problems = set(), [], []
     for split, names in ('train', ('train',)), ('validation', ('validation', 'test')):
         audio = _files(data, ('chunk', 'spectram'), names, ('.wav', '.png'))
         image = _files(data, ('img', 'img_256'), names, ('.jpg', '.jpeg', '.png'))
-        for name, stem in sorted(audio | image):
-            classes.add(name)
-            sound, frame = audio.get((name, stem)), image.get((name, stem))
-            if sound and frame:
-                pairs.append(Pair(split, name, stem, sound, frame))
-            else:
-                problems.append(f'{sound or frame}: no {"frame" if sound else "sound"} of this class and stem')
+        classes |= {name for name, _ in audio | image}
+        pairs += [Pair(split, *key, audio[key], image[key]) for key in sorted(audio.keys() & image.keys())]
+        for files, others, missing in (audio, image, 'frame'), (image, audio, 'sound'):
+            problems += [f'{files[key]}: no {missing} of this class and stem' for key in sorted(files.keys() - others)]
     for name in classes:
         if not name.isprintable():      # it is to stand in tables, pictures and JSON
             raise InputError(f'{data}: the name of its class folder {name} cannot be printed; rename it')
@@ -189,7 +175,7 @@ def _files(data, parts, splits, suffixes):
     names = [f'{part}/{split}' for part in parts for split in splits]
     folder = next((Path(data, name) for name in names if Path(data, name).is_dir()), None)
     if not folder:
-        raise InputError(f'{data}: no folder {" or ".join(names)} in it; the layout is {LAYOUT}')
+        raise InputError(f'{data}: no folder {" or ".join(names)} in it; preprocess.py --help shows the layout')
     paths = sorted(folder.glob('[!.]*/[!.]*'))
     return {(path.parent.name, path.stem): path for suffix in reversed(suffixes) for path in paths
             if path.suffix.lower() == suffix}
@@ -202,15 +188,12 @@ Dataset = namedtuple('Dataset', 'classes lms_channels train validation folder fi
 
 
 def open_dataset(data, size=256, cache=None, strict=False, workers=None):
-    """Check a dataset folder, pack it (once) and map it into memory.
+    """Check a dataset folder, pack it (once; again where the name, length or time of a file has changed) and map it
+    into memory. Bad files are named on stderr and left out.
 
-    The cache holds frames as uint8 at size x size and LMS as float16 dB (or uint8 pictures). It is built again where
-    the name, length or time of a file has changed. Bad files are named on stderr and left out.
-
-    Returns a Dataset: the classes' names; 1, or 3 where the LMS are RGB pictures; two Splits; the folder of the cache,
-    where what is learned of the data alone may be kept; a digest of the files. Raises InputError for a missing
-    layout, a class without a good pair in train, an empty validation split, a cache that cannot be written, or, with
-    `strict`, for any bad file.
+    Returns a Dataset: the classes' names; 1, or 3 where the LMS are RGB pictures; two Splits; the folder of the cache;
+    a digest of the files. Raises InputError for a missing layout, a class without a good pair in train, an empty
+    validation split, a cache that cannot be written or, with `strict`, any bad file.
     """
     data = Path(os.path.realpath(data))
     classes, pairs, problems = find_pairs(data)
@@ -260,13 +243,11 @@ def _read_meta(folder, fingerprint):
 
 
 def _build_cache(folder, fingerprint, data, pairs, drawn, size, workers):
-    """Read all pairs, in order, in parallel and in constant memory; move the whole into place."""
+    """Pack all pairs, in parallel and constant memory: LMS as float16 dB or uint8 pictures, frames as uint8."""
 
-    def read(path, as_lms):
+    def read(path, as_lms):         # of the sound 0.5 s, and what the filter of resampling reaches beyond
         try:
-            if as_lms:
-                return log_mel_spectrogram(*read_wav(path, seconds=1)).astype(np.float16)
-            return read_image(path, size)
+            return log_mel_spectrogram(*read_wav(path, seconds=0.6)) if as_lms else read_image(path, size)
         except InputError as error:
             return error
 
@@ -282,7 +263,7 @@ def _build_cache(folder, fingerprint, data, pairs, drawn, size, workers):
                     bad = [str(error) for error in parts if isinstance(error, InputError)]
                     meta['problems'] += bad
                     if not bad:
-                        lms.write(parts[0].tobytes())
+                        lms.write(parts[0].astype(np.uint8 if drawn else np.float16).tobytes())
                         frames.write(parts[1].tobytes())
                         meta['packed'].append(i)
                 progress(f'packing {data}: {i + 1} of {len(pairs)} pairs', last=i + 1 == len(pairs))
@@ -312,9 +293,8 @@ class Split:
                      [self.stems[index] for index in indices], self.size)
 
     def to(self, device):
-        """Move the whole split to a GPU where it takes at most 0.4 of what is free there (0.8 on the way): then no
-        batch waits for the disk or the bus. To be called after a first step, when its memory is taken, be it while
-        batches() runs.
+        """Move the whole split to a GPU where it takes at most 0.4 of what is free there (0.8 on the way), so that no
+        batch waits for the disk. To be called once a step has taken its memory, be it while batches() runs.
         """
         size = len(self) * (self.lms[0].nbytes + self.frames[0].nbytes + 8)
         if torch.device(device).type == 'cuda' and size <= 0.4 * torch.cuda.mem_get_info(device)[0]:
@@ -347,9 +327,7 @@ class Split:
         return torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=order)
 
     def count(self, batch_size, least=1):
-        """The number of batches in an epoch: of at most `batch_size` pairs, but, where there are as many, of no fewer
-        than `least`, which takes precedence (in training BatchNorm needs 2).
-        """
+        """The number of batches in an epoch: of at most `batch_size` pairs, but of at least `least`, given as many."""
         return min(ceil(len(self) / batch_size), max(1, len(self) // least))
 
     def indices(self, batch_size, seed=None, least=1):
@@ -358,9 +336,8 @@ class Split:
 
     def batches(self, batch_size, device='cpu', seed=None, start=0, part=0, parts=1, least=1):
         """The batches of an epoch, from batch `start` on; each is read in a thread while the one before is in use.
-
-        Of each batch the `part`th of so many `parts` (tensor_split), for one process of many. Parts that a batch of
-        few pairs has nothing for get its first pair, to be weighed with 0: all processes take part in every step.
+        Of each, one process of many takes the `part`th of so many `parts` (tensor_split). Where there is nothing for
+        it, it takes the first pair, to be weighed with 0: all processes take part in every step.
         """
         batches = self.indices(batch_size, seed, least)[start:]
         mine = [batch.tensor_split(parts)[part] if part < len(batch) else batch[:1] for batch in batches]
@@ -403,12 +380,11 @@ def main(argv=None):
     parser.add_argument('--data', metavar='DIR', required=True, help='the dataset folder to check and to pack')
     parser.add_argument('--cache', metavar='DIR', help=f'where packed data is kept (default: {default_cache()})')
     parser.add_argument('--size', type=int, default=256, metavar='N', help='side of the frames (default: 256)')
-    parser.add_argument('--workers', type=int, metavar='N', help='threads that read files (default: one a core)')
     parser.add_argument('--strict', action='store_true', help='stop at any bad file')
     args = parser.parse_args(argv)
-    if args.size < 1 or args.workers is not None and args.workers < 1:
-        parser.error('--size and --workers must be at least 1')
-    data = open_dataset(args.data, args.size, args.cache, args.strict, args.workers)
+    if args.size < 1:
+        parser.error('--size must be at least 1')
+    data = open_dataset(args.data, args.size, args.cache, args.strict)
     print(f'{"class":20} train validation')
     for label, name in enumerate(data.classes):
         print(f'{name:20} {(data.train.labels == label).sum():5} {(data.validation.labels == label).sum():10}')

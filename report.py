@@ -35,31 +35,26 @@ def table(columns):
     def row(title, cells):
         return f'  {title:21}' + ''.join(cell.rjust(width) for cell in cells)
 
+    def number(runs, split, kind, figure):
+        values = [run[split][kind].get(figure) for run in runs]
+        if None in values:      # two controls have no accuracy
+            return '-' if figure == 'accuracy' else 'not computed'
+        spread = stdev(values) if len(values) > 1 else runs[0][split][kind].get(f'{figure}_std')
+        return f'{mean(values):.4f}' + (f' +- {spread:.4f}' if spread is not None else '')
+
     lines = [row('', [title[1 - width:] for title in columns])]
     for split in ('train', 'validation'):
         lines.append(split)
         for figure in FIGURES:
-            lines.append(row(figure, [_number(runs, split, kind, figure) for runs, kind, _ in columns.values()]))
-            paper = PAPER.get((split, figure), {})
-            cells = [f'{paper[model]:.4f}' if model in paper else '-' for *_, model in columns.values()]
-            if any(cell != '-' for cell in cells):
+            lines.append(row(figure, [number(runs, split, kind, figure) for runs, kind, _ in columns.values()]))
+            if paper := PAPER.get((split, figure)):
+                cells = [f'{paper[model]:.4f}' if model in paper else '-' for *_, model in columns.values()]
                 lines.append(row(f'{figure}, paper', cells))
     return '\n'.join(lines)
 
 
-def _number(runs, split, kind, figure):
-    """A figure of one run, or of several: mean +- deviation."""
-    values = [run[split][kind].get(figure) for run in runs]
-    if None in values:      # two controls have no accuracy
-        return '-' if figure == 'accuracy' else 'not computed'
-    spread = stdev(values) if len(values) > 1 else runs[0][split][kind].get(f'{figure}_std')
-    return f'{mean(values):.4f}' + (f' +- {spread:.4f}' if spread is not None else '')
-
-
 def print_tables(title, columns, metrics):
-    """Print Table 1's and 2's figures of these columns (see table()), beside those of the controls and the paper's,
-    and what to know of them; `metrics` are those of one of the runs.
-    """
+    """Print the table() of these columns and the controls, and what to know of it; `metrics` are those of one run."""
     data, pictures = f'{metrics["data"] or "demo data"}, {metrics["size"]} pixels', metrics['pictures']
     controls = {control: ([metrics], kind, kind) for kind, control in CONTROLS.items()}
     print(f'\n{title}: {data}, ' + ', '.join(f'{count} pairs in {split}' for split, count in pictures.items())
@@ -147,18 +142,10 @@ def example_pictures(model, examples, device='cpu', nearest=None):
     model.eval()
     for title, (lms, image, label) in examples:
         coarse, fine, _ = model(lms.to(device), label.to(device))
-        row = {'LMS': lms_picture(lms[0]), "I'": picture(coarse[0]), "I''": picture(fine[0]),
-               'truth': picture(image[0])}
-        if nearest is not None:
-            row['nearest in train'] = picture(nearest(fine)[0])
-        rows.append((title, row))
+        shown = {"I'": coarse, "I''": fine, 'truth': image} | ({'nearest in train': nearest(fine)} if nearest else {})
+        rows.append((title, {'LMS': lms_picture(lms[0]), **{name: picture(x[0]) for name, x in shown.items()}}))
     model.train(training)
     return rows
-
-
-def stage_grid(model, examples, path, device='cpu', nearest=None):
-    """Draw LMS, I', I'' and truth of example clips, a row each, into a picture file; see example_pictures()."""
-    draw_grid(example_pictures(model, examples, device, nearest), path)
 
 
 def failure_grid(model, split, classes, predictions, path, device='cpu'):
@@ -173,7 +160,7 @@ def failure_grid(model, split, classes, predictions, path, device='cpu'):
     if len(wrong):
         examples = [(title.format(classes[split.labels[i]], loudness[i], classes[predictions[i]]), split.batch([i]))
                     for i in wrong[:16]]
-        stage_grid(model, examples, path, device)
+        draw_grid(example_pictures(model, examples, device), path)
     found, silent = dict(clips=len(split), wrong=len(wrong)), loudness < NEAR_SILENT
     return found if drawn else dict(found, near_silent=silent.sum().item(),
                                     near_silent_wrong=silent[wrong].sum().item())
@@ -191,16 +178,12 @@ def paper_figures(shown, folder):
 
 @torch.inference_mode()
 def generate_recording(model, classes, waveform, sample_rate, label, size, device='cpu'):
-    """The scene of a recording, waveform (n,) in [-1, 1]: I'' of each half second, the last one filled up with
-    silence, side by side as a PIL picture.
-    """
+    """I'' of each half second of a recording (n,) in [-1, 1], the last one filled up with silence, as one picture."""
     parts = [log_mel_spectrogram(waveform[i * sample_rate // 2:(i + 1) * sample_rate // 2], sample_rate)
              for i in range(max(1, ceil(2 * len(waveform) / sample_rate)))]
-    strip = Image.new('RGB', (len(parts) * size, size))
-    for i, part in enumerate(network_lms(torch.from_numpy(np.stack(parts)), size).to(device).split(1)):
-        _, fine, _ = model(part, torch.tensor([classes.index(label)], device=device))
-        strip.paste(picture(fine[0]), (i * size, 0))
-    return strip
+    lms = network_lms(torch.from_numpy(np.stack(parts)), size).to(device)               # (half seconds, 1, S, S)
+    label = torch.tensor([classes.index(label)], device=device)
+    return picture(torch.cat([model(part, label)[1][0] for part in lms.split(1)], dim=2))
 
 
 # ----------------------------------------------------------------------------------------- the log
@@ -240,12 +223,12 @@ class Log:
                 file.writelines(f'{step},{epoch},' + ','.join(f'{value:.6g}' for value in values) + '\n'
                                 for (step, epoch, *_), values in rows)
         for (step, epoch, _, stems), values in rows:
-            for name, value in zip(LOSSES, values):
-                if not isfinite(value):
-                    bad, what = self.path.with_name('bad-batch.txt'), f'{name} is {value} at step {step}, epoch {epoch}'
-                    if rank() == 0:
-                        bad.write_bytes(os.fsencode('\n'.join([f'{what}; its pairs:', *stems(), ''])))
-                    raise InputError(f'{what}: the pairs of that step are in {bad}; {way_back(bad.parent)}')
+            wrong = [f'{name} is {value}' for name, value in zip(LOSSES, values) if not isfinite(value)]
+            if wrong:
+                bad, what = self.path.with_name('bad-batch.txt'), f'{wrong[0]} at step {step}, epoch {epoch}'
+                if rank() == 0:
+                    bad.write_bytes(os.fsencode('\n'.join([f'{what}; its pairs:', *stems(), ''])))
+                raise InputError(f'{what}: the pairs of that step are in {bad}; {way_back(bad.parent)}')
 
 
 def way_back(run):

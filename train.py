@@ -31,7 +31,7 @@ from cargan import (CARGAN, VARIANTS, Classifier, PatchDiscriminator, classifica
 from demo import demo_data
 from evaluate import digest, evaluate_run, print_report, train_classifier
 from preprocess import open_dataset
-from report import LOSSES, Log, example_clips, stage_grid, way_back
+from report import LOSSES, Log, draw_grid, example_clips, example_pictures, way_back
 from runs import (InputError, Progress, broadcast, choose_device, default_cache, distributed, duration, load_config,
                   load_file, load_state, open_run, peak_memory, rank, rank0_first, reason, run_command, save_file,
                   world_size, write_config)
@@ -195,8 +195,7 @@ class Trainer:
         return dict(epoch=self.epoch, step_in_epoch=self.step_in_epoch, steps=self.steps, random=random,
                     model=generator_state(self.model), average=generator_state(self.average) if self.average else {},
                     D=self.D.state_dict(), G_optimizer=self.G_optimizer.state_dict(),
-                    D_optimizer=self.D_optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                    settings={name: getattr(self.args, name) for name in MODEL_SETTINGS})
+                    D_optimizer=self.D_optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def save(self, run, split, classifier='classifier.pt'):
         """Recalibrate BatchNorm on pictures of `split` and write checkpoint.pt and model.pt, each whole or not
@@ -218,11 +217,8 @@ class Trainer:
     def load(self, path):
         """Go on from a checkpoint. Raises InputError, naming the file, where it does not fit."""
         state = load_file(path, epoch=int, step_in_epoch=int, steps=int, model=dict, average=dict, D=dict,
-                          G_optimizer=dict, D_optimizer=dict, scaler=dict, random=list, settings=dict)
+                          G_optimizer=dict, D_optimizer=dict, scaler=dict, random=list)
         try:
-            for name in MODEL_SETTINGS:
-                if state['settings'][name] != getattr(self.args, name):
-                    raise ValueError(f'{name} is {state["settings"][name]} in it')
             load_generators(self.model, state['model'])
             if self.average:            # one that begins now begins with the weights
                 load_generators(self.average, state['average'] or state['model'])
@@ -251,8 +247,7 @@ def generator_state(model):
 
 def load_generators(model, state):
     """Load what generator_state() gave. Raises RuntimeError where it is another network's."""
-    C = {name: tensor for name, tensor in model.state_dict().items() if name.startswith('residue.')}
-    model.load_state_dict({**C, **state})
+    model.load_state_dict({**model.residue.state_dict(prefix='residue.'), **state})
 
 
 @torch.no_grad()
@@ -380,7 +375,7 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
         log.flush()                 # first, as it may find that the weights are no longer worth keeping
         trainer.save(run, split, classifier)
         if grid and rank() == 0:
-            stage_grid(trainer.inference, examples, grid, trainer.device)
+            draw_grid(example_pictures(trainer.inference, examples, trainer.device), grid)
 
     for epoch in range(trainer.epoch + 1, args.epochs + 1):
         trainer.set_epoch(epoch)
@@ -583,7 +578,7 @@ def plan_runs(args):
             for name, value in vars(settings).items():
                 if name in ('data', 'cache') and value:
                     value = str(Path(value).resolve())
-                if name not in ('resume', 'device', 'workers', 'save_minutes') and config.get(name) != value:
+                if name not in ('out', 'resume', 'device', 'workers', 'save_minutes') and config.get(name) != value:
                     raise InputError(f'{run}: its {name} is {config.get(name)}, not {value}: the same settings go on '
                                      'there; others want another --out')
         plan.append((settings, run))
@@ -629,8 +624,7 @@ def main(argv=None):
         device = choose_device(args.device)
         gpus = list(range(torch.cuda.device_count())) if args.device in (None, 'cuda') else []
         torch.backends.cudnn.benchmark = True
-        tf32 = amp_mode(args, device) != 'off'          # off is float32 to the letter
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp_mode(args, device) != 'off'
         plan = broadcast(plan_runs(args) if rank() == 0 else None)
         if args.benchmark:
             return benchmark(args, device, gpus)
