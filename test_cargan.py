@@ -1182,7 +1182,7 @@ def test_seed_and_betas_are_flags():
 
 
 def test_saturating_form_is_a_flag():
-    assert trainer('--no-saturating').step(*batch())[1] > 0 > trainer().step(*batch())[1]
+    assert trainer('--no-saturating').step(*batch())[1] > 0 > trainer('--saturating').step(*batch())[1]
 
 
 def test_training_learns():
