@@ -14,8 +14,8 @@ from torch import nn
 from cargan import Classifier, ResidueModule, concatenate_label, generator_loss, init_weights, l1_loss
 
 NOISE, FEATURES, PHI = 10, 128, 64      # numbers in z, in the audio features, in phi of them [paper, S2IC]
-SETTINGS = dict(lr=2e-4, betas=[0.5, 0.999], init_std=0.02, lambda_l1=1.0)      # [code]; CMCGAN's [choice], all of them
-EPOCHS = {'S2IC': 35, 'CMCGAN': 200}                                    # S2IC where it peaks [paper], CMCGAN [choice]
+SETTINGS = dict(lr=2e-4, betas=[0.5, 0.999], init_std=0.02, dropout=0.0, saturating=False, lambdas=[0, 1, 1, 1, 1])
+EPOCHS = {'S2IC': 35, 'CMCGAN': 200}      # S2IC where it peaks [paper]; the rest of both lines [code], CMCGAN [choice]
 
 
 # ------------------------------------------------------------------------------------ common parts
@@ -258,11 +258,12 @@ class GeneratorStep(nn.Module):
 
 
 class DiscriminatorStep(GeneratorStep):
-    """A batch and the G step's fakes -> L_D (1, 1), times its size."""
+    """A batch and the G step's fakes -> (L_D (1, 1), times its size,)."""
 
     def forward(self, lms, image, label, fakes):
         with torch.autocast(lms.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.discriminator_term(self.D, lms, image, fakes, *mismatch(label)).view(1, 1) * len(label)
+            loss = self.model.discriminator_term(self.D, lms, image, fakes, *mismatch(label))
+        return (loss[None, None] * len(label),)
 
 
 BASELINES = {'S2IC': (S2IC, S2ICDiscriminator), 'CMCGAN': (CMCGAN, CMCGANDiscriminator)}

@@ -226,6 +226,37 @@ def concatenate_label(image, vector):
     return torch.cat([image, plane], dim=1)
 
 
+@torch.no_grad()
+def recalibrate_batchnorm(model, batches, pictures=256):
+    """Set the running statistics of G1's and G2's BatchNorm to those over so many pictures of `batches`, (lms, image,
+    label) each, without dropout: at the paper's learning rate the weights outrun the running averages, which
+    training does not read. Variances are over all pictures at once: small batches lose what lies between their means.
+    """
+    training, sums, done = model.training, {}, 0
+    norms = [norm for norm in model.train().modules()
+             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]      # C's are not
+
+    def note(norm, inputs):
+        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)                 # (C,)
+        moments = torch.stack([torch.ones_like(mean), mean, var + mean ** 2]).cpu().double()
+        sums[norm] = sums.get(norm, 0) + moments * (inputs[0].numel() // len(mean))         # (3, C)
+
+    model.eval()
+    hooks = [norm.train().register_forward_pre_hook(note) for norm in norms]
+    for lms, _, label in batches:
+        model(lms, label)
+        done += len(label)
+        if done >= pictures:
+            break
+    for hook in hooks:
+        hook.remove()
+    for norm, (n, total, squares) in sums.items():      # CMCGAN's encoder of images has none: it does not generate
+        norm.num_batches_tracked.zero_()        # the same after every save, however many came before
+        norm.running_mean.copy_(total / n)
+        norm.running_var.copy_((squares - total ** 2 / n) / (n - 1))
+    model.train(training)
+
+
 # ------------------------------------------------------------------------------------------ losses
 # The sums over the stages I', I'' are written over whatever stages are given: model D has but one.
 

@@ -1,13 +1,14 @@
-"""What runs of CAR-GAN have learned: the paper's Tables 1 and 2 and its Figures 4 and 5.
+"""What runs of CAR-GAN have learned: the paper's Tables 1 and 2 and its Figures 4 to 6.
 
     python evaluate.py                     # the newest run below runs/
     python evaluate.py runs/paper          # any run: a folder that train.py made
     python evaluate.py runs/A runs/B ...   # several side by side, or all of a folder; seeds as mean +- deviation
-    python evaluate.py --audio clip.wav --label violin     # the picture for a recording of your own
+    python evaluate.py --audio clip.wav --out clip.gif      # the pictures for a recording of your own
 
 Every clip of both splits goes through G1 and G2. The run's own classifier C says what the pictures show, as in the
 paper, and so does an independent classifier that guided no training; controls say what would score without a model.
-Writes into the run: metrics.json, grid.png (a row a class) and failures.png; beside several: figure4.png, figure5.png.
+Writes into the run: metrics.json, grid.png (a row a class), failures.png and report.html; beside several: tables.md,
+tables.json, report.html and figure4.png to figure6.png.
 """
 import argparse
 import copy
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,18 +25,20 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from cargan import CARGAN, Classifier
+from baselines import BASELINES, AudioClassifier
+from cargan import CARGAN, VARIANTS, Classifier
 from demo import demo_data
-from preprocess import open_dataset, read_wav
-from report import (as_saved, draw_grid, example_clips, example_pictures, failure_grid, generate_recording,
-                    paper_figures, picture, print_report, print_tables)
+from preprocess import (as_saved, draw_grid, example_clips, example_pictures, hold_out, open_dataset, picture,
+                        random_frames, read_wav, recording_lms)
+from report import (RECORDING_ENDINGS, failure_grid, generate_recording, paper_figures, paper_tables, report_text,
+                    save_recording, write_folder_page, write_page)
 from runs import (InputError, Progress, choose_device, default_cache, load_config, load_file, load_state, reason,
                   run_command, save_file, writing, written_whole)
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
-INDEPENDENT_VERSION, INDEPENDENT_SEED = 3, 190701826    # raised whenever that classifier is trained otherwise
-SEEDS_OWN = ('seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'save_minutes')    # runs differ there
+CLASSIFIERS_VERSION, CLASSIFIERS_SEED = 4, 190701826    # of those beside the cache; raised when trained otherwise
+SEEDS_OWN = ('seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'save_minutes', 'made')
 
 
 # ------------------------------------------------------------------------------------- a run, loaded
@@ -49,17 +53,31 @@ def load_run(run, device='cpu'):
     path = run / ('model.pt' if (run / 'model.pt').exists() else 'checkpoint.pt')
     state = load_file(path, mmap=True, model=dict, classifier=str, classifier_digest=str, epoch=int, steps=int)
     source = run / state['classifier']
-    try:        # S2IC and CMCGAN, once train.py has them, are chosen here
+    try:
         classifier = Classifier(len(config['classes']), pretrained=False)
-        model = CARGAN(len(config['classes']), config['size'], config['base'], config['variant'],
-                       config['lms_channels'], classifier)
+        model = make_model(config['variant'], len(config['classes']), config['size'], config['base'],
+                           config['lms_channels'], classifier)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
     load_state(classifier, load_file(source, classifier=dict)['classifier'], source)
     if digest(classifier) != state['classifier_digest']:
         raise InputError(f'{source}: not the classifier that {path} was trained with; put that one back')
-    load_state(model, {**(state.get('average') or state['model']), **model.residue.state_dict(prefix='residue.')}, path)
+    load_generators(model, state.get('average') or state['model'], path)
     return config, model.to(device).eval(), dict(epoch=state['epoch'], steps=state['steps'])
+
+
+def make_model(variant, num_classes, size, base, lms_channels, classifier=None, dropout=0.5, init_std=0.2, audio=None):
+    """CARGAN or one of the baselines; `audio`, S2IC's audio classifier, comes with its weights where these are loaded.
+    """
+    if variant not in BASELINES:
+        return CARGAN(num_classes, size, base, variant, lms_channels, classifier, dropout, init_std)
+    more = dict(audio=audio) if variant == 'S2IC' else {}
+    return BASELINES[variant][0](num_classes, size, base, lms_channels, classifier, init_std=init_std, **more)
+
+
+def load_generators(model, state, path):
+    """Load the weights that a run keeps, all but C's. Raises InputError where they are another network's."""
+    load_state(model, {**model.residue.state_dict(prefix='residue.'), **state}, path)
 
 
 def digest(network):
@@ -191,19 +209,20 @@ def inception_score(probabilities, splits=10):
 
 # -------------------------------------------------------------------------------------- classifiers
 
-def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3, accuracy=0.9956, batch_size=32,
-                     seed=0, device='cpu', gpus=(), part=None, source=1, parameters=None, check=lambda: None):
-    """Train a classifier on the real frames of nine tenths of train. The epoch that recognises most of the other
-    tenth counts, the last one where no class has ten pairs; reaching the share `accuracy` of the tenth ends it.
+def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3, batch_size=32, seed=0, device='cpu',
+                     gpus=(), part=None, source=1, check=lambda: None):
+    """Train a classifier on the real frames of nine tenths of train, with a rate that falls to zero. The last epoch of
+    those that recognise most of the other tenth counts, the very last one where no class has ten pairs.
 
-    source: which tensor of a batch to classify, 1 the image, 0 the LMS; parameters: groups for the optimiser. After
-    each epoch the file `part` is written, from which the training goes on where it is there; after each step check()
-    is called. Leaves the classifier at that epoch and returns dict(classifier=its state, classes=, accuracy=on
-    validation, held_out=on the tenth or None, epoch=). Raises InputError where the loss is not finite.
+    source: which tensor of a batch to classify, 1 the image, 0 the LMS. After each epoch the file `part` is written,
+    from which the training goes on where it is there; after each step check() is called. Leaves the classifier at that
+    epoch and returns dict(classifier=its state, classes=, accuracy=on validation, held_out=on the tenth or None,
+    epoch=). Raises InputError where the loss is not finite.
     """
     kept, tenth = (dataset.train.subset(indices) for indices in hold_out(dataset.train.labels, seed))
     parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
-    optimizer = torch.optim.Adam(parameters or classifier.parameters(), lr=lr, fused=True)
+    groups = getattr(classifier, 'parameter_groups', classifier.parameters)()       # weight decay of some
+    optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
     progress, steps, best, begun = Progress(sys.stdout), kept.count(batch_size, least=2), {}, 1
     if part is not None and part.exists():
         state = load_file(part, classifier=dict, optimizer=dict, best=dict, epoch=int)
@@ -211,11 +230,11 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3,
         load_state(optimizer, state['optimizer'], part)
         best, begun = state['best'], state['epoch'] + 1
     for epoch in range(begun, epochs + 1):
-        if best.get('held_out') is not None and best['held_out'] >= accuracy:
-            break
         torch.manual_seed(seed + epoch)         # for dropout, where a classifier has some
         classifier.train()
         for step, batch in enumerate(kept.batches(batch_size, device, seed + epoch, least=2), 1):
+            for group in optimizer.param_groups:        # where it stopped early, C misled G1 on photographs
+                group['lr'] = lr * (1 - ((epoch - 1) * steps + step - 1) / (epochs * steps))
             loss = F.cross_entropy(parallel(batch[source]), batch[2])
             optimizer.zero_grad()
             loss.backward()
@@ -227,8 +246,8 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3,
             raise InputError(f'{name}: its loss is {loss.item()}; another --seed or --classifier FILE may help')
         found = measure_accuracy(classifier.eval(), tenth, batch_size, device, source) if len(tenth) else None
         progress(f'{name} epoch {epoch}/{epochs}  loss {loss.item():.4f}'
-                 + (f'  accuracy {found:.4f} on a tenth of train' if len(tenth) else ''), last=True)
-        if found is None or found > best.get('held_out', -1):
+                 + (f'  accuracy {found:.4f} on a tenth of train' if len(tenth) else ''), last=epoch == epochs)
+        if found is None or found >= best.get('held_out', -1):
             best = dict(classifier=copy.deepcopy(classifier.state_dict()), held_out=found, epoch=epoch)
         if part is not None:
             save_file(dict(classifier=classifier.state_dict(), optimizer=optimizer.state_dict(), best=best,
@@ -240,12 +259,33 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3,
     return dict(best, classes=dataset.classes, accuracy=found)
 
 
-def hold_out(labels, seed):
-    """The indices of nine tenths of a split and of the rest, which is n // 10 pairs of each class, drawn by seed."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    classes = [order[labels[order] == label] for label in labels.unique()]
-    kept, tenth = zip(*((own[len(own) // 10:], own[:len(own) // 10]) for own in classes))
-    return torch.cat(kept).sort().values, torch.cat(tenth).sort().values
+def get_classifier(args, dataset, path, device, gpus=(), check=lambda: None):
+    """C: the classifier in the file `path`, that of --classifier, or one trained now and kept in `path`.
+    Raises InputError where the file is of other classes, or ImageNet's weights cannot be had.
+    """
+    part, source = path.with_name('classifier-part.pt'), path if path.exists() else args.classifier
+    state = load_file(source) if source else {}
+    torch.manual_seed(args.seed)
+    if 'classifier' in state:
+        if state.get('classes') != dataset.classes:
+            raise InputError(f'{source}: a classifier of other classes than those of {args.data}')
+        classifier = Classifier(len(dataset.classes), pretrained=False)
+        load_state(classifier, state['classifier'], source)
+        print(f'classifier: {source}, accuracy {state["accuracy"]:.4f} on the validation frames')
+    else:
+        try:
+            classifier = Classifier(len(dataset.classes), pretrained=source or args.pretrained).to(device)
+        except Exception as error:
+            raise InputError(f"{source or 'the ImageNet weights of ResNet50'}: not to be had ({reason(error)}); give "
+                             "torchvision's resnet50-0676ba61.pth with --classifier FILE, or go without: "
+                             '--no-pretrained') from error
+        state = train_classifier(
+            classifier, dataset, epochs=args.classifier_epochs, lr=1e-4 if source or args.pretrained else 1e-3,
+            batch_size=args.classifier_batch_size, seed=args.seed, device=device, gpus=gpus, part=part, check=check)
+    if not path.exists():
+        save_file(state, path)
+    part.unlink(missing_ok=True)
+    return classifier.to(device)
 
 
 @torch.inference_mode()
@@ -258,12 +298,12 @@ def measure_accuracy(classifier, split, batch_size=64, device='cpu', source=1):
 
 class IndependentClassifier(nn.Module):
     """torchvision's ResNet18: maps images (B, 3, S, S) in [-1, 1] to (penultimate features (B, 512), logits (B, K)).
-    Once trained, `accuracy` is that on the real frames of validation.
+    `accuracy` is that on the real frames of validation.
     """
 
-    def __init__(self, num_classes):
+    def __init__(self, resnet, accuracy=None):
         super().__init__()
-        self.resnet, self.accuracy = torchvision.models.resnet18(num_classes=num_classes), None
+        self.resnet, self.accuracy = resnet, accuracy
 
     def forward(self, image):                                        # (B, 3, S, S)
         *layers, fc = self.resnet.children()
@@ -271,27 +311,41 @@ class IndependentClassifier(nn.Module):
         return features, fc(features)                                # (B, 512), (B, K)
 
 
-def get_independent(dataset, device='cpu'):
-    """The independent classifier of a dataset's real frames, in eval mode. C flatters what it guided; this one is the
-    same for all runs on the same data. It is trained once, from random weights, and kept beside the dataset's cache.
+def _kept_beside(dataset, name, make, device, **settings):
+    """A classifier make() of a dataset, trained once, from random weights, and kept beside the dataset's cache:
+    (the network in eval mode, frozen; its accuracy on validation).
     """
-    path, key = dataset.folder / 'independent.pt', f'{INDEPENDENT_VERSION} {dataset.fingerprint}'
+    path, key = dataset.folder / f'{name}.pt', f'{CLASSIFIERS_VERSION} {dataset.fingerprint}'
     with torch.random.fork_rng():           # the run's random numbers stay its own
-        torch.manual_seed(INDEPENDENT_SEED)
-        independent = IndependentClassifier(len(dataset.classes)).to(device)
+        torch.manual_seed(CLASSIFIERS_SEED)
+        network = make().to(device)
         try:
             state = load_file(path, key=str, classifier=dict, accuracy=float)
         except InputError:
             state = dict(key=None)
         if state['key'] != key:
-            state = dict(train_classifier(independent.resnet, dataset, 'independent classifier', accuracy=0.99,
-                                          batch_size=16, seed=INDEPENDENT_SEED, device=device), key=key)
+            state = dict(train_classifier(network, dataset, f'{name} classifier', seed=CLASSIFIERS_SEED, device=device,
+                                          **settings), key=key)
             if os.access(path.parent, os.W_OK):
                 with writing(path):
                     save_file(state, path)
-    load_state(independent.resnet, state['classifier'], path)
-    independent.accuracy = state['accuracy']
-    return independent.eval().requires_grad_(False)
+    load_state(network, state['classifier'], path)
+    return network.eval().requires_grad_(False), state['accuracy']
+
+
+def get_independent(dataset, device='cpu'):
+    """The independent classifier of a dataset's real frames, in eval mode. C flatters what it guided; this one is the
+    same for all runs on the same data.
+    """
+    return IndependentClassifier(*_kept_beside(
+        dataset, 'independent', partial(torchvision.models.resnet18, num_classes=len(dataset.classes)), device,
+        epochs=10, batch_size=16)).eval()
+
+
+def get_audio_classifier(dataset, device='cpu'):
+    """S2IC's audio classifier of a dataset's train sounds, in eval mode: (network, its accuracy on validation)."""
+    return _kept_beside(dataset, 'audio', partial(AudioClassifier, len(dataset.classes), dataset.train.size,
+                                                  dataset.lms_channels), device, epochs=150, source=0)
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -332,6 +386,9 @@ def figures(rows, split, real, classes=()):
     if 'predictions' in rows:
         found['accuracy'] = (rows['predictions'] == split.labels).double().mean().item()
     found['accuracy_independent'] = right.mean().item()
+    if 'given' in rows:
+        seen = rows['probabilities_independent'].argmax(dim=1)
+        found['accuracy_given'] = (seen == rows['given']).double().mean().item()
     found['l1'] = rows['l1'].mean().item()
     if classes:
         found['classes'] = {classes[label]: dict(accuracy_independent=right[split.labels == label].mean().item(),
@@ -347,7 +404,9 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
         coarse, fine  I' and I''
         real          the frames; their fid and kid will be to the other split's: what a perfect generator would score
         random_frame  a train frame of the clip's class, by seed, not its own: copying
-        mean_frame    the mean train frame of its class: what L1 alone wants.
+        mean_frame    the mean train frame of its class: what L1 alone wants
+        wrong_label   of model E: I'' where G1 and the residue are given the label of another class, by seed ('given')
+        other_sound   of model E: I'' from the LMS of another clip of the class and split, by seed.
 
     Writes each I'' to <split>/<class>/<stem>.png in the folder `images`, where one is given.
     """
@@ -359,10 +418,16 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
     of_means = look_at(means, networks)
     for part, split in dict(train=train, validation=dataset.validation).items():
         drawn, progress, batches = random_frames(train.labels, split.labels, own=split is train), Progress(), []
+        others = random_frames(split.labels, split.labels, own=True)
+        shift = torch.randint(1, len(means), (len(split),), generator=torch.Generator().manual_seed(0))
+        wrong = (split.labels + shift) % len(means)
         for indices, (lms, image, label) in zip(split.indices(batch_size), split.batches(batch_size, device)):
             coarse, fine, _ = model(lms, label)
-            batches.append({kind: look_at(x, networks, image, C)
-                            for kind, x in dict(coarse=coarse, fine=fine, real=image).items()})
+            shown = dict(coarse=coarse, fine=fine, real=image)
+            if getattr(model, 'variant', None) == 'E':      # the one of the paper's Table 2
+                shown |= dict(wrong_label=model(lms, wrong[indices].to(device))[1],
+                              other_sound=model(split.batch(others[indices], device)[0], label)[1])
+            batches.append({kind: look_at(x, networks, image, C) for kind, x in shown.items()})
             batches[-1] |= dict(random_frame=look_at(train.batch(drawn[indices], device)[1], {}, image),
                                 mean_frame=look_at(means[label], {}, image))
             for x, i in zip(fine if images else (), indices):
@@ -375,19 +440,9 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
                               for kind, of_kind in batches[0].items()}
         rows['random_frame'] |= {key: found['train']['real'][key][drawn] for key in of_means}
         rows['mean_frame'] |= {key: values[split.labels] for key, values in of_means.items()}
+        if 'wrong_label' in rows:
+            rows['wrong_label']['given'] = wrong
     return found
-
-
-def random_frames(train_labels, labels, own=False):
-    """Draw a train pair of the class of each of `labels` (n,), by seed: indices (n,). With `own` the labels are train's
-    own, and each gets another pair than itself if its class has one.
-    """
-    generator, drawn = torch.Generator().manual_seed(0), []
-    for i, label in enumerate(labels):
-        pairs = torch.nonzero(train_labels == label).flatten()
-        others = pairs[pairs != i] if own and len(pairs) > 1 else pairs
-        drawn.append(others[torch.randint(len(others), (), generator=generator)])
-    return torch.stack(drawn)
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -426,53 +481,67 @@ def evaluate_run(folder, config, model, dataset, device='cpu', network=None, bat
     return metrics
 
 
-def generate_file(run, audio, label, out, device):
-    """`--audio`: check what was asked for, generate the recording's scene and write the picture."""
+def generate_file(run, args, device):
+    """`--audio`: check what was asked for, say what plays unless --label does, and write the pictures."""
     config, model, _ = load_run(run, device)
-    out = out or Path(audio).with_suffix('.png').name
+    out, classes = Path(args.out or Path(args.audio).with_suffix('.png').name), config['classes']
     if config['lms_channels'] != 1:
-        raise InputError(f'{audio}: this run was trained on LMS drawn as pictures and cannot hear a recording')
-    if label not in config['classes']:
-        raise InputError(f'--label {label}: this run knows {", ".join(config["classes"])}')
-    if Path(out).exists():
+        raise InputError(f'{args.audio}: this run was trained on LMS drawn as pictures and cannot hear a recording')
+    if args.label not in (None, *classes):
+        raise InputError(f'--label {args.label}: this run knows {", ".join(classes)}')
+    if out.suffix not in RECORDING_ENDINGS:
+        raise InputError(f'{out}: a picture ends in {" or ".join(RECORDING_ENDINGS)}; name another file by --out')
+    if out.exists():
         raise InputError(f'{out}: exists already; name another file by --out')
-    strip = generate_recording(model, config['classes'], *read_wav(audio), label, config['size'], device)
-    with written_whole(out) as part:
-        strip.save(part, 'PNG')
-    print(f'{out}: {strip.width // strip.height} half seconds of {label}')
+    sound, label = read_wav(args.audio), args.label
+    if label is None:
+        classifier, accuracy = get_audio_classifier(open_run_data(config, args.data, args.cache), device)
+        with torch.inference_mode():
+            logits = classifier(recording_lms(*sound, config['size']).to(device))             # (half seconds, K)
+            heard = logits.log_softmax(dim=1).mean(dim=0).softmax(dim=0)      # the half seconds as independent
+        likely = [(classes[i], f'{classes[i]} {heard[i]:.4f}') for i in heard.argsort(descending=True)[:3]]
+        label = likely[0][0]
+        print(f'{args.audio}: ' + ', '.join(text for _, text in likely)
+              + f", by S2IC's audio classifier, whose accuracy on validation is {accuracy:.4f}; --label names another")
+    frames = generate_recording(model, classes, *sound, label, config['size'], device, args.hop)
+    save_recording(frames, out, args.hop)
+    print(f'{out}: {len(frames)} pictures of {label}, every {args.hop:g} s')
 
 
 def evaluate_folder(run, args, device, network, out=None):
-    """Evaluate a run on its data or --data. Returns (folder written to, config, metrics, example pictures)."""
+    """Evaluate a run on its data or --data. Returns (folder written to, config, metrics)."""
     config, model, trained = load_run(run, device)
     dataset = open_run_data(config, args.data, args.cache)
     data = args.data and str(Path(args.data).resolve())
     if data and data != config['data']:         # what the run has of its own data stays
         out, config = out or Path(run) / Path(data).name, dict(config, data=data)
     metrics = evaluate_run(out or run, config, model, dataset, device, network, args.batch_size, trained, args.images)
-    return out or run, config, metrics, example_pictures(model, example_clips(dataset), device)
+    if not out:
+        write_page(Path(run))
+    return out or run, config, metrics
 
 
-def compare_runs(runs, configs, args, device, network):
-    """Tables 1 and 2, Figures 4 and 5 of several runs of one dataset; those that differ in the seed alone are a column.
+def compare_runs(runs, out, device='cpu', data=None, cache=None, folders=None):
+    """Tables 1 and 2, Figures 4 to 6 of several runs of one dataset, from the metrics.json of each (in `folders`, where
+    they are not in the runs themselves); those that differ in the seed alone are a column. Prints the tables; writes
+    them and the figures to the folder `out`.
     """
-    groups, columns, shown = {}, {}, {}
-    for run, config in zip(runs, configs):
-        for name in ('size',) if args.data else ('size', 'data'):
-            if config[name] != configs[0][name]:
-                raise InputError(f'{run}: {name} {config[name]}; runs side by side want the same data and size')
-        groups.setdefault(str(sorted((config | dict.fromkeys(SEEDS_OWN)).items())), []).append(run)
-    for group in groups.values():
-        _, (config, *_), metrics, pictures = zip(*[evaluate_folder(run, args, device, network) for run in group])
-        title = re.sub(r'-seed-\d+$', '', Path(group[0]).resolve().name)
-        title += f' x{len(group)}' if len(group) > 1 else ''
-        title = str(group[0]) if title in columns else title
-        columns[title], shown[title] = (metrics, 'fine', config['variant']), pictures[0]
-    folder = Path(args.out or Path(runs[0]).resolve().parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    paper_figures(shown, folder)
-    print_tables(f"I'' of {len(runs)} runs", columns, metrics[0])
-    print(f'in {folder}: figure4.png, figure5.png; the rest is in each run')
+    configs, groups, columns, shown = [load_config(run) for run in runs], {}, {}, {}
+    for run, config, folder in zip(runs, configs, folders or runs):
+        groups.setdefault(str(sorted((config | dict.fromkeys(SEEDS_OWN)).items())), []).append((run, config, folder))
+    examples = example_clips(open_run_data(configs[0], data, cache))
+    for group in sorted(groups.values(), key=lambda group: [*VARIANTS, *BASELINES].index(group[0][1]['variant'])):
+        run, config, _ = group[0]
+        title = re.sub(r'-seed-\d+$', '', Path(run).resolve().name)
+        title = str(run) if title in columns else title
+        metrics = [json.loads(Path(folder, 'metrics.json').read_text()) for *_, folder in group]
+        columns[title] = config['variant'], metrics
+        shown[title] = config['variant'], example_pictures(load_run(run, device)[1], examples, device)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    paper_figures(shown, out)
+    text = paper_tables(columns, out)
+    write_folder_page(Path(out), text)
+    print(f'\n{text}\n\nin {out}: report.html, tables.md, tables.json and the figures; the rest is in each run')
 
 
 def main(argv=None):
@@ -481,8 +550,9 @@ def main(argv=None):
     add('runs', nargs='*', metavar='RUN',
         help='a run of train.py, several side by side, or a folder of runs (default: the newest below runs/)')
     add('--audio', metavar='WAV', help='generate from this recording: a picture for each half second')
-    add('--label', metavar='CLASS', help='what plays in it')
-    add('--out', metavar='PATH', help="where to write --audio's picture (default: the recording's name, here), a run's "
+    add('--label', metavar='CLASS', help="what plays in it (default: what S2IC's audio classifier hears)")
+    add('--hop', type=float, default=0.5, metavar='SECONDS', help='from one picture to the next (default: 0.5)')
+    add('--out', metavar='PATH', help="--audio's .png or moving .gif (default: the recording's name, here), a run's "
         'figures (default: the run; with --data, a folder in it) or those of several (default: beside the first)')
     add('--images', metavar='DIR', help="write every I'' of a run as DIR/<split>/<class>/<stem>.png")
     add('--inception', metavar='PATH', help="weights of FID's Inception (default: torch.hub's cache, else downloaded)")
@@ -492,10 +562,10 @@ def main(argv=None):
     add('--batch-size', type=int, default=8, metavar='N', help='clips at once (default: 8)')
     add('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (default: the first GPU, else the CPU)')
     args = parser.parse_args(argv)
-    if bool(args.audio) != bool(args.label):
-        parser.error('--audio and --label go together')
-    if args.batch_size < 1:
-        parser.error('--batch-size must be at least 1')
+    if args.label and not args.audio:
+        parser.error('--label goes with --audio')
+    if args.batch_size < 1 or not 0.02 <= args.hop <= 600:
+        parser.error('--batch-size must be at least 1, --hop from 0.02 to 600')
     newest = max(Path('runs').glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime, default=None)
     if not (args.runs or newest):
         raise InputError('runs/: no run in it; train one with: python train.py')
@@ -505,10 +575,14 @@ def main(argv=None):
         parser.error('--audio and --images want one run')
     device = choose_device(args.device)
     if args.audio:
-        return generate_file(runs[0], args.audio, args.label, args.out, device)
+        return generate_file(runs[0], args, device)
     if args.images and Path(args.images).is_dir() and any(Path(args.images).iterdir()):
         raise InputError(f'{args.images}: not an empty folder; name another by --images')
     configs = [load_config(run) for run in runs]        # refused before anything that takes time
+    for run, config in zip(runs, configs):
+        for name in ('size',) if args.data else ('size', 'data'):
+            if config[name] != configs[0][name]:
+                raise InputError(f'{run}: {name} {config[name]}; runs side by side want the same data and size')
     try:
         network = inception(args.inception).to(device)
     except InputError as error:
@@ -516,9 +590,10 @@ def main(argv=None):
             raise
         print(f'fid, kid and is: not computed: {error}', file=sys.stderr)
         network = None
-    if len(runs) > 1:
-        return compare_runs(runs, configs, args, device, network)
-    print_report(*evaluate_folder(runs[0], args, device, network, args.out)[:3])
+    if len(runs) == 1:
+        return print(report_text(*evaluate_folder(runs[0], args, device, network, args.out)))
+    folders = [evaluate_folder(run, args, device, network)[0] for run in runs]
+    compare_runs(runs, args.out or Path(runs[0]).resolve().parent, device, args.data, args.cache, folders)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from scipy import fft, signal, sparse
 from scipy.io import wavfile
 
@@ -371,6 +371,102 @@ def network_lms(lms, size):
     low, high = DB_RANGE
     scaled = ((lms.float() - low) * (2 / (high - low)) - 1).clamp(-1, 1).unsqueeze(1)
     return F.interpolate(scaled, (size, size), mode='bilinear', align_corners=False, antialias=size < N_MELS)
+
+
+def recording_lms(waveform, sample_rate, size, hop=0.5):
+    """The LMS (n, 1, size, size) of the half seconds that begin every `hop` seconds of a recording, filled up with
+    silence after its end.
+    """
+    starts = range(max(1, ceil((len(waveform) - 0.5) / sample_rate / hop)))         # round(start) is before the end
+    parts = [waveform[round(i * hop * sample_rate):][:ceil(sample_rate / 2)] for i in starts]
+    return network_lms(torch.from_numpy(np.stack([log_mel_spectrogram(part, sample_rate) for part in parts])), size)
+
+
+# ------------------------------------------------------------------------------- pairs, and pictures of them
+
+def example_clips(dataset):
+    """A pair of each class, of validation or, where that has none, train: [(title, (lms, image, label) of one)]."""
+    examples = []
+    for label, name in enumerate(dataset.classes):
+        split, title = ((dataset.validation, name) if label in dataset.validation.labels
+                        else (dataset.train, f'{name} (train)'))
+        examples.append((title, split.batch(torch.nonzero(split.labels == label)[0])))
+    return examples
+
+
+def hold_out(labels, seed):
+    """The indices of nine tenths of a split and of the rest, which is n // 10 pairs of each class, drawn by seed."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    classes = [order[labels[order] == label] for label in labels.unique()]
+    kept, tenth = zip(*((own[len(own) // 10:], own[:len(own) // 10]) for own in classes))
+    return torch.cat(kept).sort().values, torch.cat(tenth).sort().values
+
+
+def random_frames(train_labels, labels, own=False):
+    """Draw a train pair of the class of each of `labels` (n,), by seed: indices (n,). With `own` the labels are train's
+    own, and each gets another pair than itself if its class has one.
+    """
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for i, label in enumerate(labels):
+        pairs = torch.nonzero(train_labels == label).flatten()
+        others = pairs[pairs != i] if own and len(pairs) > 1 else pairs
+        drawn.append(others[torch.randint(len(others), (), generator=generator)])
+    return torch.stack(drawn)
+
+
+def as_saved(image):
+    """Images (..., 3, S, S) in [-1, 1] as they would come back from a file: rounded to 256 levels."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def picture(image):
+    """An image (3, S, S) in [-1, 1] as a PIL picture."""
+    pixels = ((as_saved(image).cpu() + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def lms_picture(lms):
+    """An LMS (1 or 3, S, S) in [-1, 1] as a PIL picture: low bands at the bottom, bright is loud; RGB as it is."""
+    if len(lms) == 3:
+        return picture(lms)
+    level = (lms[0].flip(0).cpu().numpy() + 1) / 2
+    stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
+    pixels = [np.interp(level, np.linspace(0, 1, 5), stop) for stop in stops.T]
+    return Image.fromarray(np.stack(pixels, axis=2).round().astype(np.uint8))
+
+
+def draw_grid(rows, path):
+    """Draw rows [(title, {column: picture})] as one PNG, tiles of 128 pixels or more; untitled rows all have heads."""
+    tile, top = max([128] + [image.width for _, images in rows for image in images.values()]), 0
+    font, step, (left, names) = ImageFont.load_default(size=15), tile + 4, (130, 1) if rows[0][0] else (4, len(rows))
+    sheet = Image.new('RGB', (left + len(rows[0][1]) * step, names * 28 + len(rows) * step), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for title, images in rows:
+        named = not (title and top)
+        top += named * 28
+        draw.multiline_text((left - 8, top + tile / 2), title.replace('_', ' '), 'black', font, anchor='rm',
+                            align='right')
+        for x, (column, image) in enumerate(images.items()):
+            draw.text((left + x * step + tile / 2, top - 14), column * named, 'black', font, anchor='mm')
+            sheet.paste(image.resize((tile, tile), Image.Resampling.BICUBIC), (left + x * step, top))
+        top += step
+    with written_whole(path) as part:
+        sheet.save(part, 'PNG')
+
+
+@torch.inference_mode()
+def example_pictures(model, examples, device='cpu', nearest=None):
+    """[(title, {'LMS': picture, "I'": ..., "I''": ..., 'truth': ...})] of example clips, in eval mode; the model is
+    left in the mode it was in. `nearest` maps I'' (B, 3, S, S) to the train frames most like it, a further column.
+    """
+    training, rows = model.training, []
+    model.eval()
+    for title, (lms, image, label) in examples:
+        coarse, fine, _ = model(lms.to(device), label.to(device))
+        shown = {"I'": coarse, "I''": fine, 'truth': image} | ({'nearest in train': nearest(fine)} if nearest else {})
+        rows.append((title, {'LMS': lms_picture(lms[0]), **{name: picture(x[0]) for name, x in shown.items()}}))
+    model.train(training)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------- command

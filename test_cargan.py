@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -16,9 +17,11 @@ import subprocess
 import sys
 import threading
 import zlib
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import lru_cache, partial
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -1002,8 +1005,11 @@ def test_l1_and_eq_6():
 
 # ---------------------------------------------------------------------------------------- training
 
+NETS = {'E': ('G1', 'G2'), 'S2IC': ('phi', 'G'), 'CMCGAN': ('E_A', 'E_V', 'D_A', 'D_V')}      # what a G step moves
+
+
 def trainer(*flags, classes=5):
-    args = train.make_parser().parse_args([*SMALL, *flags])
+    args, = train.parse_args(['--data', 'x', *SMALL, *flags])
     return train.Trainer(args, classes, 1, None, torch.device('cpu'))
 
 
@@ -1016,23 +1022,26 @@ def weights(module):
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize('variant', ['E', *baselines.BASELINES])
 @pytest.mark.parametrize('moving', ['G', 'D'])
-def test_each_step_moves_its_own_weights_alone(moving):
+def test_each_step_moves_its_own_weights_alone(moving, variant):
     """With the other optimiser's rate at 0, a step of both shows what one of them moves."""
-    ours = trainer()
+    ours = trainer('--variant', variant)
     still = ours.D_optimizer if moving == 'G' else ours.G_optimizer
     still.param_groups[0]['lr'] = 0.0
     C = ours.model.residue.classifier
-    before = {name: weights(module) for name, module in (('G1', ours.model.G1), ('G2', ours.model.G2), ('D', ours.D))}
-    state_of_C = copy.deepcopy(C.state_dict())
+    nets = {name: getattr(ours.model, name) for name in NETS[variant]} | {'D': ours.D}
+    before = {name: weights(module) for name, module in nets.items()}
+    frozen = [C, *([ours.model.audio] if variant == 'S2IC' else [])]
+    states = [copy.deepcopy(network.state_dict()) for network in frozen]
     for _ in range(2):          # attention's projections have no gradient until their scale has left 0
         ours.step(*batch())
-    moved = {name: len(changed(before[name], weights(module))) for name, module in
-             (('G1', ours.model.G1), ('G2', ours.model.G2), ('D', ours.D))}
-    everything = {name: len(before[name]) for name in before}
-    assert moved == ({**everything, 'D': 0} if moving == 'G' else {'G1': 0, 'G2': 0, 'D': everything['D']})
-    assert not changed(state_of_C, C.state_dict()) and all(p.grad is None for p in C.parameters())
-    assert not C.training and ours.model.G1.training
+    moved = {name: len(changed(before[name], weights(module))) for name, module in nets.items()}
+    assert moved == {name: len(before[name]) if (name == 'D') == (moving == 'D') else 0 for name in nets}
+    for network, state in zip(frozen, states):
+        assert not changed(state, network.state_dict()) and all(p.grad is None for p in network.parameters())
+        assert not any(module.training for module in network.modules())
+    assert all(module.training for module in nets.values())
 
 
 @pytest.mark.parametrize('fresh', [False, True])
@@ -1068,6 +1077,28 @@ def test_a_step_is_the_papers_by_hand(fresh):
     torch.testing.assert_close(losses, torch.stack([L_C, L_cGAN, L_L1, L_D]).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', baselines.BASELINES)
+def test_a_baselines_step_weighs_its_losses(name):
+    """L_G and L_Cons by the second and the third of --lambdas, L_D by the second; D sees the fakes of G's step."""
+    ours = trainer('--variant', name, '--lambdas', '7', '3', '50', '1', '1')
+    ours.D_optimizer.param_groups[0]['lr'] = 0.0
+    (model, D), inputs = copy.deepcopy((ours.model, ours.D)), batch()
+    torch.manual_seed(3)
+    losses = ours.step(*inputs)
+    torch.manual_seed(3)
+    moving = [p.requires_grad_(True) for net in NETS[name] for p in getattr(model, net).parameters()]
+    terms, fakes = baselines.GeneratorStep(model, D)(*inputs)
+    L_G, L_Cons = terms[0, 1:] / 4
+    grads = torch.autograd.grad(3 * L_G + 50 * L_Cons, moving)
+    left = [p.grad for net in NETS[name] for p in getattr(ours.model, net).parameters()]
+    torch.testing.assert_close(left, list(grads), rtol=1e-3, atol=1e-5)
+    L_D, = baselines.DiscriminatorStep(model, D)(*inputs, fakes)[0][0] / 4
+    grads = torch.autograd.grad(3 * L_D, list(D.parameters()))
+    torch.testing.assert_close([p.grad for p in ours.D.parameters()], list(grads), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses, torch.stack([torch.zeros(()), L_G, L_Cons, L_D]).detach())
+    assert (L_Cons > 0.1) == (name == 'CMCGAN')
+
+
 def test_recalibrated_statistics_are_those_of_the_weights(trained, demo):
     """They bring what is generated in eval mode near to what a batch in training gives, and move no weight."""
     split = preprocess.open_dataset(demo, 32, trained[1]).train
@@ -1083,24 +1114,38 @@ def test_recalibrated_statistics_are_those_of_the_weights(trained, demo):
     before, in_batch = weights(ours.model), generated(copy.deepcopy(ours.model))
     outrun = (generated(copy.deepcopy(ours.model).eval()) - in_batch).abs().mean()
     random = torch.get_rng_state()
-    train.recalibrate_batchnorm(ours.model, split, 52, 'cpu')
+    cargan.recalibrate_batchnorm(ours.model, split.batches(52, seed=0))
     recalibrated = (generated(copy.deepcopy(ours.model).eval()) - in_batch).abs().mean()
     assert recalibrated < 0.1 * outrun
     assert ours.model.training and not ours.model.residue.classifier.training
     assert not changed(before, weights(ours.model)) and torch.equal(random, torch.get_rng_state())
 
 
-def test_statistics_of_small_batches_are_those_of_all_pictures(trained, demo):
-    """The first BatchNorm's input is the same in any batch: its statistics must not lose what lies between them."""
+def test_statistics_of_small_batches_are_those_of_all_pictures(trained, demo, tmp_path):
+    """The first BatchNorm's input is the same in any batch: what a checkpoint has of it must not lose what lies
+    between them, and batches of one pair are put together.
+    """
     split = preprocess.open_dataset(demo, 32, trained[1]).train
-    ours, seen = trainer(classes=13), []
+    ours, seen = trainer('--batch-size', '1', classes=13), []
     lms, _, label = next(split.batches(52, seed=0))
     norm = ours.model.G1.down[1][2]
     with torch.no_grad(), norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
         ours.model(lms, label)
     var, mean = torch.var_mean(seen[0], dim=(0, 2, 3))
-    train.recalibrate_batchnorm(ours.model, split, 1, 'cpu')
+    ours.save(tmp_path, split)
     torch.testing.assert_close((norm.running_mean, norm.running_var), (mean, var), rtol=1e-3, atol=1e-5)
+
+
+def test_what_does_not_generate_is_not_recalibrated(two):
+    """CMCGAN's encoder of images is not on the way from a sound: its BatchNorm stays, that of the others is set."""
+    ours = trainer('--variant', 'CMCGAN', classes=2)
+    ours.step(*two.train.batch(range(19)))
+    before, random = copy.deepcopy(ours.model.state_dict()), torch.get_rng_state()
+    cargan.recalibrate_batchnorm(ours.model, two.train.batches(16, seed=0))
+    buffers = {name for name, _ in ours.model.named_buffers() if not name.startswith('residue')}
+    assert set(changed(before, ours.model.state_dict())) == {name for name in buffers if not name.startswith('E_V')}
+    assert [name for name in buffers if name.startswith('E_V')] and torch.equal(random, torch.get_rng_state())
+    assert all(module.training for name, module in ours.model.named_modules() if not name.startswith('residue.'))
 
 
 @pytest.mark.parametrize('average', [False, True])
@@ -1113,15 +1158,16 @@ def test_a_checkpoint_within_an_epoch_generates_as_its_weights_do(trained, demo,
     model = copy.deepcopy(ours.inference).train()
     kept = torch.load(tmp_path / 'model.pt', weights_only=True)
     assert not [name for name in kept['model'] if 'residue' in name]
-    train.load_generators(ours.model, kept['model'])
+    evaluate.load_generators(ours.model, kept['model'], tmp_path / 'model.pt')
     with torch.no_grad():
         difference = (model(lms, label)[1] - ours.model.eval()(lms, label)[1]).abs().mean()
     assert difference < 0.03
 
 
-def test_the_average_of_the_weights_is_its_formula():
+@pytest.mark.parametrize('variant', ['E', *baselines.BASELINES])
+def test_the_average_of_the_weights_is_its_formula(variant):
     """Half-life of at most a fifth of the images seen; what moves is the average alone, and C is not copied."""
-    ours = trainer('--ema', '4')
+    ours = trainer('--ema', '4', '--variant', variant)
     expected = weights(ours.model)
     for step in range(1, 4):
         ours.step(*batch())
@@ -1228,7 +1274,7 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu():
 
 
 def test_defaults_are_the_papers_numbers():
-    args = train.parse_args(['--data', 'Sub-URMP'])
+    args, = train.parse_args(['--data', 'Sub-URMP'])
     assert (args.size, args.base, args.disc_base, args.batch_size, args.epochs) == (256, 64, 64, 64, 200)
     assert (args.lr, args.betas, args.init_std) == (0.0008, [0.9, 0.999], 0.2)
     assert (args.lambdas, args.ema, args.lr_decay_epochs, args.preset) == ([1, 1, 100, 1, 1], 0, 0, 'paper')
@@ -1240,18 +1286,77 @@ def test_defaults_are_the_papers_numbers():
 
 
 def test_presets_say_what_they_change_and_yield_to_flags(capsys):
-    args = train.parse_args(['--epochs', '6', '--size', '32'])
+    args, = train.parse_args(['--epochs', '6', '--size', '32'])
     out = capsys.readouterr().out
-    assert (args.preset, args.epochs, args.lr_decay_epochs, args.size, args.base) == ('demo', 6, 2, 32, 32)
-    for words in ('preset demo', 'epochs 6 (paper 200)', 'size 32 (paper 256)',
-                  'betas [0.5, 0.999] (paper [0.9, 0.999])', 'saturating False', 'pretrained False',
-                  'lr_decay_epochs 2 (paper 0)',
+    assert (args.preset, args.epochs, args.lr_decay_epochs, args.size, args.base) == ('demo', 6, 3, 32, 32)
+    for words in ('model E, preset demo: lr_decay_epochs 3 (paper 0), base 32 (paper 64)', 'epochs 6 (paper 200)',
+                  'size 32 (paper 256)', 'betas [0.5, 0.999] (paper [0.9, 0.999])', 'saturating False',
+                  'pretrained False', 'lambdas [0.1, 1.0, 100.0, 1.0, 1.0] (paper [1.0, 1.0, 100.0, 1.0, 1.0])',
                   'python train.py --data Sub-URMP'):
         assert words in out
-    args = train.parse_args(['--data', 'x', '--preset', 'small', '--lr-decay-epochs', '0'])
+    args, = train.parse_args(['--data', 'x', '--preset', 'small', '--lr-decay-epochs', '0'])
     assert (args.lr, args.lr_decay_epochs, args.pretrained) == (4e-4, 0, True)
-    assert train.parse_args(['--data', 'x', '--preset', 'paper']) == train.parse_args(['--data', 'x'])
+    (named,), (default,) = (train.parse_args(['--data', 'x y', *more]) for more in (['--preset', 'paper'], []))
+    assert (named.made.pop('command'), default.made.pop('command')) == (
+        "python train.py --data 'x y' --preset paper", "python train.py --data 'x y'")      # as it was typed
+    assert named == default
     assert train.make_parser().parse_args(['--seed', '3', '--variant', 'A', 'B']).variant == ['A', 'B']
+
+
+def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, refused):
+    """Size, widths, batch, epochs, EMA and decay are the preset's, but the paper's epochs; the rest is theirs."""
+    for name, epochs in (('S2IC', 35), ('CMCGAN', 200)):
+        args, = train.parse_args(['--data', 'x', '--variant', name])
+        assert (args.epochs, args.size, args.base, args.batch_size, args.ema) == (epochs, 256, 64, 64, 0)
+        own = (2e-4, [0.5, 0.999], 0.02, 0.0, False, [0, 1, 1, 1, 1], False)
+        assert (args.lr, args.betas, args.init_std, args.dropout, args.saturating, args.lambdas,
+                args.fresh_fakes) == own
+        assert f'model {name}, preset paper: lr_decay_epochs 0 (paper 0), lr 0.0002 (paper 0.0008)' in \
+            capsys.readouterr().out
+        small, = train.parse_args(['--data', 'x', '--variant', name, '--preset', 'small', '--lr', '0.1'])
+        assert (small.epochs, small.lr_decay_epochs, small.base, small.ema, small.lr) == (40, 20, 32, 1500, 0.1)
+        assert small.lambdas == [0, 1, 1, 1, 1]
+        runs.write_config(tmp_path, vars(small))
+        again, = train.parse_args(['--resume', str(tmp_path), '--lr', '0.3'])
+        assert (again.variant, again.lr, again.lambdas) == (name, 0.3, small.lambdas)
+        for flag in (['--dropout', '0.3'], ['--saturating'], ['--no-saturating'], ['--fresh-fakes']):
+            for words in ['--data', 'x', '--variant', 'E', name, '--out', 'y'], ['--resume', tmp_path]:
+                refused(train, [*words, *flag], flag[0].replace('no-', ''), name, 'no such choice')
+    cargans = train.parse_args(['--data', 'x', '--variant', 'E', 'D', '--out', 'y', '--dropout', '0.3'])
+    assert [(args.variant, args.dropout, args.lr) for args in cargans] == [('E', 0.3, 0.0008), ('D', 0.3, 0.0008)]
+    capsys.readouterr()         # those of CAR-GAN's variants are the same
+    train.parse_args(['--data', 'x', '--variant', 'S2IC', 'D', 'E', '--preset', 'small', '--out', 'y'])
+    assert re.findall(r'^model (\w+), preset small', capsys.readouterr().out, re.M) == ['S2IC', 'D']
+
+
+def test_all_are_seven_runs_for_each_seed(tmp_path, refused):
+    flags = ['--data', 'x', '--variant', 'all', '--preset', 'small', '--out', str(tmp_path / 'out')]
+    plan = train.plan_runs(train.parse_args([*flags, '--seed', '0', '1', '2']))
+    assert [run.relative_to(tmp_path / 'out').name for _, run in plan] == [
+        f'{variant}-seed-{seed}' for variant in (*'ABCDE', 'S2IC', 'CMCGAN') for seed in (0, 1, 2)]
+    assert all(run.name == f'{args.variant}-seed-{args.seed}' and args.group for args, run in plan)
+    assert {args.lr for args, _ in plan[:15]} == {4e-4} and {args.lr for args, _ in plan[15:]} == {2e-4}
+    assert {args.epochs for args, _ in plan} == {40}
+    for more in ['--benchmark', '3'], ['--resume', tmp_path]:
+        refused(train, [*flags, *more], 'several runs', more[0])
+    refused(train, flags[:-2], '--out')
+    # what is named twice is one
+    assert len(train.parse_args([*flags, '--variant', 'all', 'E', '--seed', '1', '1'])) == 7
+    one, = train.parse_args(['--data', 'x', '--variant', 'D', 'D', '--seed', '1', '1'])
+    assert (one.variant, one.seed, one.group) == ('D', 1, False)
+
+
+def test_a_run_of_several_that_older_code_began_goes_on(tmp_path):
+    """Its config.json does not say how it was made."""
+    flags, run = ['--data', 'x', '--preset', 'small', '--seed', '0', '1', '--out', str(tmp_path)], tmp_path / 'E-seed-0'
+    run.mkdir()
+    settings = vars(train.parse_args(flags)[0])
+    del settings['made']
+    runs.write_config(run, settings)
+    (args, _), _ = train.plan_runs(train.parse_args(flags))
+    runs.write_config(run, vars(args))
+    report.write_page(run)
+    assert 'epoch 0 of 40' in Page(run / 'report.html').text
 
 
 def states(run):
@@ -1318,10 +1423,8 @@ def test_a_second_sigint_ends_at_once(trained, demo, tmp_path):
     assert not (tmp_path / 'run/checkpoint.pt').exists()
 
 
-def test_killed_runs_go_on_to_the_same_end(trained, demo, tmp_path):
-    """kill -9 in a step of C, then of G, then of D, at places drawn by seed. By hand, for many places:
-    CARGAN_KILLS=30 python -m pytest -s -k killed_runs
-    """
+def killed(place, *words):
+    """train.py in a process of its own, which is killed at this step of Adam, whoever's it is, counted from 1."""
     code = ('import os, signal, sys, torch, train\n'
             'left, adam = [int(sys.argv.pop(1))], torch.optim.Adam.step\n'
             'def step(*args, **more):\n'
@@ -1331,15 +1434,22 @@ def test_killed_runs_go_on_to_the_same_end(trained, demo, tmp_path):
             '    return adam(*args, **more)\n'
             'torch.optim.Adam.step = step\n'
             'train.run_command(train.main)')
+    return command('-c', code, place, *words, env=dict(os.environ, PYTHONPATH=str(HERE)))
+
+
+def test_killed_runs_go_on_to_the_same_end(trained, demo, tmp_path):
+    """kill -9 in a step of C, then of G, then of D, at places drawn by seed. By hand, for many places:
+    CARGAN_KILLS=30 python -m pytest -s -k killed_runs
+    """
     expected, log = states(trained[0]), (trained[0] / 'log.csv').read_text()
-    run, env = tmp_path / 'run', dict(os.environ, PYTHONPATH=str(HERE))
+    run = tmp_path / 'run'
     for trial in range(int(os.environ.get('CARGAN_KILLS', 1))):
         rng = np.random.default_rng(trial)
         begun = rng.integers(1, 4)          # whole steps of G and D before the second kill, of eight
         places = rng.integers(1, 3), 2 + 2 * begun + 1, 2 * rng.integers(1, 8 - begun)
         words = run_flags(demo, tmp_path / 'cache', run, '--save-minutes', '0')
         for place in places:
-            assert command('-c', code, place, *words, env=env).returncode == -signal.SIGKILL
+            assert killed(place, *words).returncode == -signal.SIGKILL
             words = ['--resume', run, '--device', 'cpu']
         done = command(HERE / 'train.py', *words)
         assert done.returncode == 0, done.stderr
@@ -1413,7 +1523,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(trained, tmp_path, refused):
 def test_two_runs_into_one_folder(trained, demo, tmp_path, refused):
     run, cache = trained
     shutil.copytree(run, tmp_path / 'run')
-    settings = vars(train.parse_args(['--resume', str(tmp_path / 'run')]))
+    settings = vars(*train.parse_args(['--resume', str(tmp_path / 'run')]))
     with runs.open_run(tmp_path / 'run', settings):
         refused(train, ['--resume', tmp_path / 'run', '--device', 'cpu'], tmp_path / 'run', 'another process', '--out')
     with runs.open_run(tmp_path / 'run', settings):          # free again
@@ -1507,8 +1617,7 @@ def test_c_has_a_batch_size_of_its_own(trained, demo, tmp_path):
     args = train.make_parser().parse_args([*SMALL, '--batch-size', '1', '--classifier-batch-size', '3'])
     dataset = preprocess.open_dataset(demo, 32, trained[1])
     few = dataset._replace(train=dataset.train.subset(range(4)))
-    with train.Saver(10, '') as saver:
-        train.get_classifier(args, few, tmp_path / 'classifier.pt', torch.device('cpu'), (), saver)
+    evaluate.get_classifier(args, few, tmp_path / 'classifier.pt', torch.device('cpu'))
     assert torch.load(tmp_path / 'classifier.pt', weights_only=True)['epoch'] == 1
 
 
@@ -1537,7 +1646,7 @@ def test_float32_is_float32_before_c_is_trained(trained, demo, tmp_path, monkeyp
         allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
         raise InputError('seen')
 
-    monkeypatch.setattr(train, 'train_classifier', look)
+    monkeypatch.setattr(evaluate, 'train_classifier', look)
     for amp in 'off', 'bf16':
         with pytest.raises(InputError, match='seen'):
             train.main(run_flags(demo, trained[1], tmp_path / amp, '--amp', amp))
@@ -1613,7 +1722,7 @@ def test_two_processes_resumed_end_as_two_uninterrupted(trained, demo, tmp_path)
     run, cache = trained
     words = run_flags(demo, cache, tmp_path / 'run', '--variant', 'D', '--classifier', run / 'classifier.pt')
     unjudged = tmp_path / 'unjudged.py'         # the first two runs go without figures, for time
-    unjudged.write_text('import train\ntrain.evaluate_run = train.print_report = lambda *_, **__: None\n'
+    unjudged.write_text('import train\ntrain.evaluate_run = train.report_text = lambda *_, **__: None\n'
                         'train.run_command(train.main)')
     for script, words in ((unjudged, [*words, '--out', tmp_path / 'whole']), (unjudged, [*words, '--epochs', '1']),
                           (HERE / 'train.py', ['--resume', tmp_path / 'run', '--epochs', '2', '--device', 'cpu'])):
@@ -1629,7 +1738,7 @@ def test_two_processes_resumed_end_as_two_uninterrupted(trained, demo, tmp_path)
     assert same(state, states(tmp_path / 'whole'))
     _, model, _ = evaluate.load_run(tmp_path / 'run')       # BatchNorm is that of one process's pictures
     expected = copy.deepcopy(model.state_dict())
-    train.recalibrate_batchnorm(model, preprocess.open_dataset(demo, 32, cache).train, 13, 'cpu')
+    cargan.recalibrate_batchnorm(model, preprocess.open_dataset(demo, 32, cache).train.batches(16, seed=0))
     torch.testing.assert_close(model.state_dict(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -1667,9 +1776,9 @@ def test_a_process_out_of_memory_ends_them_all_by_name(trained, demo, tmp_path):
     assert 'error: process 0: another process ended' in done.stderr
 
 
-def test_several_seeds_share_c_and_go_on_by_the_same_command(trained, demo, tmp_path, capsys, refused, monkeypatch):
-    out = tmp_path / 'out'
-    flags = [*run_flags(demo, trained[1], out, '--variant', 'D', '--epochs', '1'), '--seed', '0', '1']
+def test_several_seeds_share_c_and_go_on_by_the_same_command(run_of_two, tmp_path, capsys, refused, monkeypatch):
+    (_, data, cache), out = run_of_two, tmp_path / 'out'
+    flags = [*run_flags(data, cache, out, '--variant', 'D', '--epochs', '1', '--batch-size', '5'), '--seed', '0', '1']
     refused(train, [flag for flag in flags if flag not in ('--out', str(out))], '--out')
     count, step = itertools.count(1), train.Trainer.step
 
@@ -1684,8 +1793,11 @@ def test_several_seeds_share_c_and_go_on_by_the_same_command(trained, demo, tmp_
     assert 'go on with: the same command' in capsys.readouterr().out
     train.main(flags)
     text = capsys.readouterr().out
-    assert 'D-seed-0 is done' in text and 'resumed after 0 of 1 epochs and 2 steps' in text and 'evaluate.py' in text
-    assert {path.name for path in out.iterdir()} == {'classifier.pt', 'D-seed-0', 'D-seed-1'}
+    assert f'run 2 of 2: {out}/D-seed-1\n' in text and 'run 1' not in text
+    assert 'resumed after 0 of 1 epochs and 2 steps' in text and 'seeds: D 2' in text
+    assert {path.name for path in out.iterdir()} == {'classifier.pt', 'D-seed-0', 'D-seed-1', 'tables.md',
+                                                     'tables.json', 'figure4.png', 'figure5.png',
+                                                     'report.html'}
     assert changed(*(states(out / name)['model'] for name in ('D-seed-0', 'D-seed-1')))
     refused(train, [*flags, '--lr', '0.1'], out / 'D-seed-0', 'lr', '--out')
     bad = [flag if flag != str(out) else out.with_name('bad') for flag in flags]
@@ -1698,10 +1810,105 @@ def test_several_seeds_share_c_and_go_on_by_the_same_command(trained, demo, tmp_
         train.main(['--resume', str(out / 'D-seed-1'), '--device', 'cpu'])
 
 
+@pytest.fixture(scope='session')
+def group(run_of_two):
+    """E, S2IC and CMCGAN, trained by one command for an epoch of four steps: the folder, the flags without it, and
+    what was printed.
+    """
+    _, data, cache = run_of_two
+    flags = ['--data', str(data), '--cache', str(cache), '--preset', 'small', '--variant', 'E', 'S2IC', 'CMCGAN',
+             *'--device cpu --size 32 --base 8 --disc-base 8 --batch-size 5 --epochs 1'.split(),
+             *'--no-pretrained --classifier-epochs 1'.split()]
+    with redirect_stdout(io.StringIO()) as printed:
+        train.main([*flags, '--out', str(data.parent / 'group')])
+    return data.parent / 'group', flags, printed.getvalue()
+
+
+def test_several_runs_killed_and_started_again_end_as_if_never_killed(group, tmp_path):
+    """kill -9 in S2IC's second step of D, after C's one step and E's eight, as a user types it."""
+    (expected, flags, _), out = group, tmp_path / 'out'
+    words = [*flags, '--save-minutes', '0', '--out', out]
+    assert killed(1 + 8 + 4, *words).returncode == -signal.SIGKILL
+    assert (out / 'S2IC-seed-0/checkpoint.pt').exists() and not (out / 'S2IC-seed-0/metrics.json').exists()
+    kept = [out / 'classifier.pt', *(out / 'E-seed-0').rglob('*')]
+    before = [path.stat().st_mtime_ns for path in kept]
+    done = command(HERE / 'train.py', *words)
+    assert done.returncode == 0, done.stderr
+    assert [path.stat().st_mtime_ns for path in kept] == before and 'run 1 of' not in done.stdout
+    assert f'run 2 of 3: {out}/S2IC-seed-0\n' in done.stdout
+    assert re.search(rf'run 3 of 3: {out}/CMCGAN-seed-0; all will be done in about \d:\d\d:\d\d\n', done.stdout)
+    assert done.stdout.count('resumed after') == 1 and 'resumed after 0 of 1 epochs and 1 steps' in done.stdout
+    assert 'audio classifier' not in done.stdout                    # it is kept beside the cache
+    for run in 'E-seed-0', 'S2IC-seed-0', 'CMCGAN-seed-0':
+        assert same(states(out / run), states(expected / run))
+        for name in 'log.csv', 'metrics.json':
+            assert (out / run / name).read_text() == (expected / run / name).read_text()
+    assert list(out.rglob('classifier.pt')) == [out / 'classifier.pt'] and not list(out.rglob('*part*'))
+    files = {'tables.md', 'tables.json', 'figure4.png', 'figure5.png', 'figure6.png', 'report.html'}
+    assert {path.name for path in out.iterdir()} == files | {'classifier.pt', 'E-seed-0', 'S2IC-seed-0',
+                                                             'CMCGAN-seed-0'}
+    for name in files:
+        assert (out / name).read_bytes().replace(b'>out:', b'>group:') == (expected / name).read_bytes()
+
+
+def test_a_baseline_stopped_and_gone_on_with_is_the_uninterrupted_one(group, tmp_path, no_network):
+    """CMCGAN by itself, with C from elsewhere, stopped between G's and D's third step; then its figures by
+    evaluate.py. What generates is the average of its weights.
+    """
+    (expected, flags, _), half = group, tmp_path / 'half'
+    count, adam = itertools.count(1), torch.optim.Adam.step
+
+    def stop(*args, **more):
+        if next(count) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return adam(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch.optim.Adam, 'step', stop)
+        train.main([*flags, '--variant', 'CMCGAN', '--classifier', str(expected / 'classifier.pt'), '--out', str(half)])
+    assert states(half)['step_in_epoch'] == 3
+    train.main(['--resume', str(half), '--device', 'cpu'])
+    ours, theirs = states(half), states(expected / 'CMCGAN-seed-0')
+    assert (ours.pop('classifier'), theirs.pop('classifier')) == ('classifier.pt', '../classifier.pt')
+    assert same(ours, theirs)
+    for name in 'log.csv', 'metrics.json':
+        assert (half / name).read_text() == (expected / 'CMCGAN-seed-0' / name).read_text()
+    config, model, _ = evaluate.load_run(half)
+    assert (config['lr'], config['init_std'], config['ema']) == (2e-4, 0.02, 1500)
+    assert isinstance(model, baselines.CMCGAN) and not changed(ours['average'], model.state_dict())
+    assert 'E_A.0.weight' in changed(ours['average'], ours['model'])
+    (half / 'metrics.json').rename(tmp_path / 'before.json')
+    evaluate.main([str(half), '--device', 'cpu'])
+    before, after = (json.loads(path.read_text()) for path in (tmp_path / 'before.json', half / 'metrics.json'))
+    assert before['variant'] == 'CMCGAN' and 'wrong_label' not in after['train']
+    for split, kind, figure in itertools.product(('train', 'validation'), ('coarse', 'fine'),
+                                                 ('l1', 'accuracy', 'accuracy_independent', 'fid_independent')):
+        assert after[split][kind][figure] == pytest.approx(before[split][kind][figure], rel=1e-3, abs=1e-5)
+
+
+def test_s2ics_audio_classifier_is_trained_once_kept_and_frozen(group, two, capsys):
+    out, _, printed = group
+    assert printed.count('audio classifier: accuracy') == 1 and 'audio classifier epoch 150/150' in printed
+    random = torch.get_rng_state()
+    audio, accuracy = evaluate.get_audio_classifier(two)
+    assert not capsys.readouterr().out and torch.equal(random, torch.get_rng_state())
+    assert isinstance(audio, baselines.AudioClassifier) and not audio.training
+    assert accuracy == evaluate.measure_accuracy(audio, two.validation, source=0)
+    assert evaluate.measure_accuracy(audio, two.train, source=0) > 0.9
+    state, kept = audio.state_dict(), runs.load_file(two.folder / 'audio.pt')
+    assert same(dict(state), dict(kept['classifier'])) and kept['accuracy'] == accuracy
+    checkpoint, held = states(out / 'S2IC-seed-0'), runs.load_file(out / 'S2IC-seed-0/model.pt')['model']
+    for weights in checkpoint['model'], checkpoint['average'], held:
+        assert same(dict(state), {name[6:]: weights[name] for name in weights if name.startswith('audio.')})
+    assert not changed({f'audio.{name}': value for name, value in state.items()},
+                       evaluate.load_run(out / 'S2IC-seed-0')[1].state_dict())
+
+
 def test_a_run_is_one_folder(trained):
     run, _ = trained
     assert {path.name for path in run.iterdir()} == {'config.json', 'classifier.pt', 'checkpoint.pt', 'model.pt',
-                                                     'log.csv', 'samples', 'metrics.json', 'grid.png', 'failures.png'}
+                                                     'log.csv', 'samples', 'metrics.json', 'grid.png', 'failures.png',
+                                                     'report.html', 'curves.png'}
     rows = list(csv.reader(open(run / 'log.csv')))
     assert rows[0] == ['step', 'epoch', 'L_C', 'L_cGAN', 'L_L1', 'L_D']
     assert [row[:2] for row in rows[1:]] == [[str(step), str((step + 3) // 4)] for step in range(1, 9)]
@@ -1709,6 +1916,14 @@ def test_a_run_is_one_folder(trained):
     assert sorted(path.name for path in (run / 'samples').iterdir()) == ['epoch-0001.png', 'epoch-0002.png']
     config = json.loads((run / 'config.json').read_text())
     assert config['size'] == 32 and config['classes'] == sorted(DEMO_INSTRUMENTS)
+    made, page = config['made'], Page(run / 'report.html')
+    assert made['command'].startswith('python train.py --data ') and made['command'].endswith(' '.join(SMALL))
+    assert re.fullmatch(r'0:\d\d:\d\d, \d+\.\d images/s', made['since the last start'])
+    assert made['machine'] == f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    assert {'command', 'since the last start', 'machine', 'commit'} == made.keys()
+    assert page.names.count('svg') == 4 and len(page.images) == 2 + (run / 'failures.png').exists() + 1
+    for text in [*made.values(), 'epoch 2 of 2', f'torch: {torch.__version__}']:
+        assert text in page.text
     width, height = Image.open(run / 'grid.png').size
     assert width > 4 * 128 and height > 13 * 128
     classifier = torch.load(run / 'classifier.pt', weights_only=True)['classifier']
@@ -2031,11 +2246,11 @@ class Linear(nn.Module):
 
 def test_a_tenth_of_each_class_is_held_out_by_seed():
     labels = torch.tensor([0] * 29 + [1] * 9 + [2] * 10)[torch.randperm(48, generator=torch.Generator().manual_seed(5))]
-    kept, tenth = evaluate.hold_out(labels, seed=3)
+    kept, tenth = preprocess.hold_out(labels, seed=3)
     assert torch.cat([kept, tenth]).sort().values.tolist() == list(range(48))
     assert labels[tenth].bincount(minlength=3).tolist() == [2, 0, 1]
-    assert torch.equal(evaluate.hold_out(labels, seed=3)[1], tenth)
-    assert len({tuple(evaluate.hold_out(labels, seed)[1].tolist()) for seed in range(9)}) > 5
+    assert torch.equal(preprocess.hold_out(labels, seed=3)[1], tenth)
+    assert len({tuple(preprocess.hold_out(labels, seed)[1].tolist()) for seed in range(9)}) > 5
 
 
 def test_the_best_epoch_is_chosen_on_train_and_reported_on_validation(two, monkeypatch, capsys):
@@ -2043,29 +2258,28 @@ def test_the_best_epoch_is_chosen_on_train_and_reported_on_validation(two, monke
     measured, of = [], evaluate.measure_accuracy
     monkeypatch.setattr(evaluate, 'measure_accuracy', lambda classifier, split, *more: (
         measured.append((len(split), of(classifier, split, *more))), measured[-1][1])[1])
-    state = evaluate.train_classifier(Linear(), two, epochs=4, accuracy=2, seed=1, batch_size=4)
+    state = evaluate.train_classifier(Linear(), two, epochs=4, seed=1, batch_size=4)
     tenths = [share for count, share in measured[:-1]]
     assert [count for count, _ in measured] == [1] * 4 + [4]            # 12 // 10 of one class, 7 // 10 of the other
     assert state.keys() == {'classifier', 'classes', 'accuracy', 'held_out', 'epoch'}
-    assert state['held_out'] == max(tenths) and state['epoch'] == 1 + tenths.index(max(tenths))
+    best = max(epoch for epoch, share in enumerate(tenths, 1) if share == max(tenths))
+    assert state['held_out'] == max(tenths) and state['epoch'] == best             # of equals the last
     trained = Linear()
     trained.load_state_dict(state['classifier'])
     assert state['accuracy'] == of(trained.eval(), two.validation) == measured[-1][1]
     assert 'on validation' in capsys.readouterr().out
     other = two._replace(validation=two.train)
-    assert same(evaluate.train_classifier(Linear(), other, epochs=4, accuracy=2, seed=1, batch_size=4)['classifier'],
+    assert same(evaluate.train_classifier(Linear(), other, epochs=4, seed=1, batch_size=4)['classifier'],
                 state['classifier'])
-    # it ends early on the tenth alone; where no class has ten pairs nothing is held out and the last epoch counts
-    early = evaluate.train_classifier(Linear(), two, epochs=9, accuracy=0, seed=1)
-    assert early['epoch'] == 1
+    # where no class has ten pairs nothing is held out and the last epoch counts
     few = two._replace(train=two.train.subset(range(5, 19)))
-    late = evaluate.train_classifier(Linear(), few, epochs=3, accuracy=0, seed=1)
+    late = evaluate.train_classifier(Linear(), few, epochs=3, seed=1)
     assert late['epoch'] == 3 and late['held_out'] is None
 
 
 def test_a_classifier_goes_on_from_its_last_whole_epoch(two, tmp_path):
     """Stopped in its third epoch and gone on with, it ends as one that was never stopped, dropout and all."""
-    settings = dict(epochs=4, accuracy=2, seed=1, batch_size=4)
+    settings = dict(epochs=4, seed=1, batch_size=4)
     whole = evaluate.train_classifier(Linear(), two, **settings, part=tmp_path / 'whole.pt')
     calls, part = itertools.count(1), tmp_path / 'part.pt'
 
@@ -2087,13 +2301,25 @@ def test_a_classifier_goes_on_from_its_last_whole_epoch(two, tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
+def test_the_rate_of_a_classifier_falls_to_zero_and_is_gone_on_with(two, tmp_path, monkeypatch):
+    rates, adam = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, 'step', lambda self: (rates.append(self.param_groups[0]['lr']), adam(self)))
+    part = tmp_path / 'part.pt'
+    evaluate.train_classifier(Linear(), two, epochs=2, lr=0.5, batch_size=4, part=part)         # 17 pairs
+    assert rates == pytest.approx([0.05 * left for left in range(10, 0, -1)])
+    rates.clear()
+    evaluate.train_classifier(Linear(), two, epochs=3, lr=0.5, batch_size=4, part=part)
+    assert rates == pytest.approx([0.5 / 15 * left for left in range(5, 0, -1)])
+
+
 def test_classifiers_of_sounds_with_groups_of_parameters(two):
     """source=0 classifies the LMS; a group's weight decay pulls all weights of its layer to zero, and no others."""
     network = Linear(channels=1)
     layers = network.layers[1], network.layers[5]
-    groups = [dict(params=layer.parameters(), weight_decay=decay) for layer, decay in zip(layers, (1e6, 0))]
+    network.parameter_groups = lambda: [dict(params=layer.parameters(), weight_decay=decay)
+                                        for layer, decay in zip(layers, (1e6, 0))]
     before = [layer.weight.detach().clone() for layer in layers]
-    state = evaluate.train_classifier(network, two, epochs=1, lr=1e-4, source=0, parameters=groups, batch_size=4)
+    state = evaluate.train_classifier(network, two, epochs=1, lr=1e-4, source=0, batch_size=4)
     smaller = [((layer.weight.abs() < old.abs()).float().mean().item()) for layer, old in zip(layers, before)]
     assert smaller[0] > 0.9 and 0.1 < smaller[1] < 0.9
     assert state['accuracy'] == evaluate.measure_accuracy(network, two.validation, source=0)
@@ -2115,7 +2341,7 @@ def test_the_independent_classifier_is_trained_once_and_is_not_c(two, tmp_path, 
     state = torch.get_rng_state()
     independent = evaluate.get_independent(dataset)
     assert torch.equal(torch.get_rng_state(), state)            # the run's random numbers stay its own
-    assert 'independent classifier epoch 1/20' in capsys.readouterr().out and not independent.training
+    assert 'independent classifier epoch 10/10' in capsys.readouterr().out and not independent.training
     assert len(independent.resnet.layer1) == 2                              # ResNet18, C is a ResNet50
     _, image, _ = dataset.train.batch(range(19))
     rows, logits = independent(image)
@@ -2128,7 +2354,7 @@ def test_the_independent_classifier_is_trained_once_and_is_not_c(two, tmp_path, 
     kept = tmp_path / 'independent.pt'
     torch.save(dict(torch.load(kept, weights_only=True), key='of other files'), kept)
     assert same(evaluate.get_independent(dataset).state_dict(), independent.state_dict())
-    assert 'independent classifier epoch 1/20' in capsys.readouterr().out
+    assert 'independent classifier epoch 10/10' in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -2144,14 +2370,14 @@ class Colours(nn.Module):
 def test_generated_pictures_are_seen_in_8_bits():
     """All networks see what a file would hold; L1 stays on the floats. Out of range is cut, as in a file."""
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
-    read = torch.stack([torch.from_numpy(np.array(report.picture(x))).permute(2, 0, 1) for x in image])
-    torch.testing.assert_close(report.as_saved(image), read / 127.5 - 1, atol=1e-6, rtol=0)
+    read = torch.stack([torch.from_numpy(np.array(preprocess.picture(x))).permute(2, 0, 1) for x in image])
+    torch.testing.assert_close(preprocess.as_saved(image), read / 127.5 - 1, atol=1e-6, rtol=0)
     seen = []
     spies = [lambda x: (seen.append(x), Colours()(x))[1] for _ in range(2)]
     rows = evaluate.look_at(image, dict(zip(('', '_independent'), spies)), torch.zeros_like(image),
                             lambda x: (seen.append(x), x.mean(dim=(2, 3)))[1])
     inception_saw, *others = seen
-    assert len(others) == 2 and all(torch.equal(x, report.as_saved(image)) for x in others)
+    assert len(others) == 2 and all(torch.equal(x, preprocess.as_saved(image)) for x in others)
     torch.testing.assert_close(inception_saw, read / 255)
     assert rows['l1'].tolist() == pytest.approx(image.abs().mean(dim=(1, 2, 3)).tolist())
 
@@ -2167,7 +2393,7 @@ def test_measure_by_hand(trained, tmp_path):
     with torch.no_grad():
         coarse, fine, _ = model(lms, label)
         for kind, x in (('coarse', coarse), ('fine', fine), ('real', image)):
-            figures, saved = evaluate.figures(rows[kind], split, rows['real'], dataset.classes), report.as_saved(x)
+            figures, saved = evaluate.figures(rows[kind], split, rows['real'], dataset.classes), preprocess.as_saved(x)
             right = independent(saved)[1].argmax(dim=1) == label
             assert figures['accuracy'] == pytest.approx((C(saved).argmax(dim=1) == label).float().mean().item())
             assert figures['is_independent'] is None                                    # 26 are too few
@@ -2180,7 +2406,7 @@ def test_measure_by_hand(trained, tmp_path):
     for i in (0, 7, 25):
         path = tmp_path / 'validation' / dataset.classes[label[i]] / f'{split.stems[i]}.png'
         written = np.asarray(Image.open(path)).astype(int)
-        assert np.abs(written - np.asarray(report.picture(fine[i])).astype(int)).max() <= 1
+        assert np.abs(written - np.asarray(preprocess.picture(fine[i])).astype(int)).max() <= 1
 
 
 def test_the_inception_score_is_that_of_mixed_up_pictures(two):
@@ -2206,12 +2432,12 @@ def test_controls_by_hand(two, network, tmp_path):
     train, means = batches['train'][1], torch.stack([batches['train'][1][:2].mean(dim=0), batches['train'][1][2]])
     kinds, rows = {}, {}
     for name, (lms, image, label) in batches.items():
-        drawn = evaluate.random_frames(dataset.train.labels, label, own=name == 'train')
+        drawn = preprocess.random_frames(dataset.train.labels, label, own=name == 'train')
         with torch.no_grad():
             coarse, fine, _ = model(lms, label)
             kinds[name] = dict(coarse=coarse, fine=fine, real=image, random_frame=train[drawn], mean_frame=means[label])
             for kind, x in kinds[name].items():
-                saved = report.as_saved(x)
+                saved = preprocess.as_saved(x)
                 rows[name, kind] = {'': network((saved + 1) / 2)[0], '_independent': independent(saved)[0],
                                     'predictions': independent(saved)[1].argmax(dim=1)}
     for name, other in (('train', 'validation'), ('validation', 'train')):
@@ -2227,13 +2453,52 @@ def test_controls_by_hand(two, network, tmp_path):
             assert ('accuracy' in found) == (kind in ('coarse', 'fine', 'real'))
 
 
+def test_another_label_and_another_sound_by_hand(trained, demo):
+    """Of model E alone: the figures of I'' where G1 and the residue are given the label of another class, or G1 the
+    sound of another clip of the class and split. Here of three classes, in train and in validation.
+    """
+    torch.manual_seed(0)
+    dataset, model = preprocess.open_dataset(demo, 32, trained[1]), cargan.CARGAN(13, 32, 8, init_std=0.1).eval()
+    few = dataset._replace(classes=dataset.classes[:3], train=dataset.train.subset([0, 1, 2, 4, 5, 8, 9]),
+                           validation=dataset.validation.subset(range(6)))
+    C, networks = model.residue.classifier, {'_independent': lambda x: (x.mean((2, 3)), x[:, 0, 2, :13])}
+    found = evaluate.measure(model, few, networks, batch_size=4)
+    torch.manual_seed(1)
+    again = evaluate.measure(model, few, networks, batch_size=5)
+    for name, split in (('train', few.train), ('validation', few.validation)):
+        (lms, image, label), rows = split.batch(range(len(split))), found[name]
+        given = rows['wrong_label']['given']
+        assert set(given.tolist()) == {0, 1, 2} and set(((given - label) % 3).tolist()) == {1, 2}
+        assert torch.equal(given, again[name]['wrong_label']['given'])                  # by seed
+        with torch.no_grad():
+            fine = model(lms, given)[1]
+            seen = preprocess.as_saved(fine)
+            wrong = rows['wrong_label']
+            torch.testing.assert_close(wrong['l1'], (fine - image).abs().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+            assert torch.equal(wrong['predictions'], C(seen).argmax(dim=1))
+            probabilities = networks['_independent'](seen)[1].softmax(dim=1)
+            torch.testing.assert_close(wrong['probabilities_independent'], probabilities, rtol=0, atol=0.01)
+            for i in range(len(split)):     # which sound of the split makes this picture?
+                made = model(lms, label[i].expand(len(split)))[1]
+                apart = ((made - image[i]).abs().mean((1, 2, 3)) - rows['other_sound']['l1'][i]).abs()
+                j = apart.argmin()
+                assert apart[j] < 1e-6 < 1e-5 < apart.sort().values[1] and j != i and label[j] == label[i]
+    rows = {'probabilities_independent': torch.eye(13)[[5, 1, 7, 7, 0, 0]], 'given': torch.tensor([5, 7, 7, 7, 9, 9]),
+            'features_independent': torch.rand(6, 3), 'predictions': torch.tensor([0, 0, 1, 7, 7, 7]),
+            'l1': torch.ones(6)}
+    figures = evaluate.figures(rows, few.validation, rows)          # of the classes 0, 0, 1, 1, 2, 2
+    assert (figures['accuracy_given'], figures['accuracy'], figures['accuracy_independent']) == (0.5, 0.5, 0)
+    model.variant = 'D'
+    assert not {'wrong_label', 'other_sound'} & set(evaluate.measure(model, few, networks)['validation'])
+
+
 def test_random_frames_are_of_the_class_and_not_their_own():
     train, other = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([2, 0, 1, 1, 0] * 20)
-    drawn = evaluate.random_frames(train, other)
+    drawn = preprocess.random_frames(train, other)
     assert torch.equal(train[drawn], other) and set(drawn.tolist()) == set(range(6))
-    assert torch.equal(evaluate.random_frames(train, other), drawn)
+    assert torch.equal(preprocess.random_frames(train, other), drawn)
     many = torch.cat([torch.tensor([1]), torch.tensor([0, 2]).repeat(20)])
-    own = evaluate.random_frames(many, many, own=True)
+    own = preprocess.random_frames(many, many, own=True)
     assert torch.equal(many[own], many) and own[0] == 0 and not (own[1:] == torch.arange(1, 41)).any()
 
 
@@ -2256,7 +2521,7 @@ def test_failures_are_sorted_by_loudness(trained, tmp_path):
     sheet = np.asarray(Image.open(path).convert('RGB')).astype(int)
     assert sheet.shape[0] == 28 + 3 * 132
     for row, i in enumerate(sorted(wrong.tolist(), key=lambda i: loudness[i])):     # the quietest first
-        truth = np.asarray(report.picture(split.batch([i])[1][0]).resize((128, 128), Image.Resampling.BICUBIC))
+        truth = np.asarray(preprocess.picture(split.batch([i])[1][0]).resize((128, 128), Image.Resampling.BICUBIC))
         assert np.array_equal(sheet[28 + row * 132:][:128, 130 + 3 * 132:][:, :128], truth)
 
 
@@ -2272,50 +2537,175 @@ def test_lms_that_are_pictures_have_no_decibels(tmp_path, monkeypatch):
                                     zip(('horn', 'tuba'), ('tuba', 'horn'), levels))
 
 
+def cells(text):
+    """The rows of the first Markdown table in a text."""
+    table = re.search(r'(?:^\|.*\|\n?)+', text, re.M)[0].splitlines()
+    assert len(set(map(len, table))) == 1 and re.fullmatch(r'(\|-+)+\|', table[1])
+    return [[cell.strip() for cell in line[1:-1].split('|')] for line in (table[0], *table[2:])]
+
+
 def test_the_tables(trained):
     run, _ = trained
     metrics = json.loads((run / 'metrics.json').read_text())
     shown = {"I''": ([metrics], 'fine', 'E'), 'real frames': ([metrics], 'real', 'real'),
              'mean': ([metrics], 'mean_frame', None)}
-    text = report.table(shown).split('validation')
-    for split, lines in zip(('train', 'validation'), text):
-        cells = {line.split()[0]: re.split(r'\s{2,}', line.strip())[1:] for line in lines.splitlines()
-                 if line.startswith('  ') and 'paper' not in line and line.split()[0] in report.FIGURES}
-        assert list(cells) == list(report.FIGURES)
-        for figure, row in cells.items():
+    for split in 'train', 'validation':
+        head, *lines = cells(report.table(shown, split))
+        found = {name: row for name, *row in lines if 'paper' not in name}
+        assert head == [split, *shown] and list(found) == list(report.FIGURES)
+        for figure, row in found.items():
             for cell, (_, kind, _) in zip(row, shown.values()):
                 value = metrics[split][kind].get(figure)
-                assert cell == (f'{value:.4f}' if value is not None else
-                                '-' if (kind, figure) == ('mean_frame', 'accuracy') else 'not computed')
-    papers = [line.split()[2:] for line in text[1].splitlines() if 'paper' in line]
-    assert papers == [['240.7771', '-', '-'], ['4.2023', '4.7552', '-'], ['0.9033', '0.9956', '-']]
+                assert cell == ('-' if value is None else f'{value:.4f}')
+    assert found['accuracy'][2] == '-' and found['l1'][1] == '0.0000'
+    assert [row for row in lines if 'paper' in row[0]] == [
+        ['fid, paper', '240.7771', '-', '-'], ['is, paper', '4.2023', '4.7552', '-'],
+        ['accuracy, paper', '0.9033', '0.9956', '-']]
     # two seeds: mean +- deviation; IS of one run with the deviation over its splits
     other = copy.deepcopy(metrics)
     metrics['train']['fine'] |= {'l1': 0.2, 'is': 3, 'is_std': 0.5, 'fid': 1}
     other['train']['fine'] |= {'l1': 0.4, 'is': 4, 'is_std': 0.5, 'fid': None}
-    lines = report.table({'both': ([metrics, other], 'fine', 'S2IC'), 'one': ([metrics], 'fine', None)}).splitlines()
-    found = {line.split()[0]: re.split(r'\s{2,}', line.strip())[1:] for line in reversed(lines)}
-    assert found['l1'] == ['0.3000 +- 0.1414', '0.2000'] and found['fid'] == ['not computed', '1.0000']
+    columns = {'both': ([metrics, other], 'fine', 'S2IC'), 'one': ([metrics], 'fine', None)}
+    found = {name: row for name, *row in cells(report.table(columns, 'train'))}
+    assert found['l1'] == ['0.3000 +- 0.1414', '0.2000'] and found['fid'] == ['-', '1.0000']
     assert found['is'] == ['3.5000 +- 0.7071', '3.0000 +- 0.5000']
-    assert [line.split()[2] for line in lines if 'accuracy, paper' in line] == ['0.8737', '0.7556']
+    assert found['accuracy, paper'] == ['0.8737', '-']
 
 
-def test_what_the_report_says(trained, capsys):
+def test_a_verdict_wants_two_standard_errors():
+    """Of 3, 4, 5 and three others of variance 1 the means differ by 2 sqrt(1/3 + 1/3) = 1.633."""
+    for far, found in ((1.64, ('confirmed', 'reversed')), (1.62, ('undecided', 'undecided'))):
+        theirs = [x - far for x in (3, 4, 5)]
+        assert tuple(report.verdict([3, 4, 5], theirs, better) for better in (1, -1)) == found
+        assert tuple(report.verdict(theirs, [3, 4, 5], better) for better in (-1, 1)) == found
+    assert report.verdict([3, 4, 5], [1.5, 3.5] * 8, 1) == 'confirmed'  # 1.5 of 2 sqrt(1/3 + 16/15/16) = 1.265
+    assert report.verdict([9], [1, 2, 3], 1) == report.verdict([9, 9], [1], 1) == 'undecided'   # one seed
+    assert report.verdict([], [1, 2], 1) == 'undecided'                 # not computed
+
+
+def three_seeds(space='', **middle):
+    """The metrics of three seeds, those of validation being -, 0 and + a deviation around these, train's 0.05 more."""
+    deviations = {f'fid{space}': 2.0, f'is{space}': 1.0, 'accuracy': 0.0, 'accuracy_independent': 0.1, 'l1': 0.01}
+
+    def kinds(shift):
+        fine = {name: value + shift * deviations[name] for name, value in middle.items()}
+        wrong = dict(accuracy=0.1, accuracy_independent=0.2, accuracy_given=0.6 + shift * 0.2, l1=0.4)
+        return dict(fine=fine, real=dict(accuracy=0.99, l1=0.0), random_frame=dict(l1=0.3), mean_frame=dict(l1=0.2),
+                    wrong_label=wrong, other_sound=dict(fine, l1=fine['l1'] + 0.03))
+
+    def more(found):
+        return {kind: {name: value + 0.05 for name, value in of_kind.items()} for kind, of_kind in found.items()}
+
+    return [dict(data='/urmp', size=64, pictures=dict(train=3000, validation=2048), train=more(kinds(shift)),
+                 validation=kinds(shift)) for shift in (-1, 0, 1)]
+
+
+PAPER_TABLES = {'E': dict(fid=12, accuracy=0.9, accuracy_independent=0.6, l1=0.1) | {'is': 5},
+                'A': dict(fid=30, accuracy=0.8, accuracy_independent=0.5, l1=0.1) | {'is': 4.8},
+                'B': dict(fid=22, accuracy=0.8, accuracy_independent=0.5, l1=0.1) | {'is': 3},
+                'C': dict(fid=4, accuracy=0.8, accuracy_independent=0.5, l1=0.1) | {'is': 5},
+                'D': dict(fid=12, accuracy=0.8, accuracy_independent=0.5, l1=0.1) | {'is': 9},
+                'S2IC': dict(fid=50, accuracy=0.7, accuracy_independent=0.2, l1=0.2) | {'is': 2},
+                'CMCGAN': dict(fid=40, accuracy=0.5, accuracy_independent=0.5, l1=0.2) | {'is': 2}}
+
+
+def claims(text):
+    """The paper's claims in tables.md, {of which model: [(verdict, figure, both figures)]}."""
+    lines = text.partition("## The paper's claims")[2].split('\n- ')[1:]
+    return {re.match(r'E is ahead of (.*?):', line)[1]: re.findall(r'(\w+) by (\w+) \((.*?)\)', line) for line in lines}
+
+
+def test_the_papers_tables_by_hand(tmp_path):
+    columns = {model: (model, three_seeds(**PAPER_TABLES[model])) for model in sorted(PAPER_TABLES)}
+    columns['E, longer'] = 'E', three_seeds(**PAPER_TABLES['E'] | dict(fid=1000))
+    text = report.paper_tables(columns, tmp_path)
+    assert (tmp_path / 'tables.md').read_text() == text + '\n' and 'fewer' not in text
+    assert text.startswith('# /urmp, 64 pixels, 3000 pairs in train, 2048 pairs in validation\n')
+    assert 'Mean +- deviation, seeds: A 3, B 3, C 3, CMCGAN 3, D 3, E 3, S2IC 3, E, longer 3' in text
+    head, *lines = cells(text.split('## Table 1')[1])
+    assert head == ['validation', *columns, 'real frames', 'random frame', 'mean frame']
+    table1 = {name: dict(zip(head[1:], row)) for name, *row in lines}
+    assert table1['fid']['E'] == '12.0000 +- 2.0000' and table1['fid']['E, longer'] == '1000.0000 +- 2.0000'
+    assert table1['is']['B'] == '3.0000 +- 1.0000' and table1['fid_independent']['E'] == '-'
+    assert table1['accuracy']['real frames'] == '0.9900' and table1['l1']['mean frame'] == '0.2000'
+    assert [table1['fid, paper'][model] for model in 'ABCDE'] == ['279.3022', '332.1574', '380.1104', '307.3725',
+                                                                  '240.7771']
+    head, *lines = cells(text.split('## Table 2')[1])
+    assert head[1:] == ['accuracy, train', 'accuracy, validation', 'accuracy_independent, train',
+                        'accuracy_independent, validation', 'paper, train', 'paper, test']
+    assert {name: row for name, *row in lines if name not in ('E, longer', 'random frame', 'mean frame')} == {
+        'S2IC': ['0.7500 +- 0.0000', '0.7000 +- 0.0000', '0.2500 +- 0.1000', '0.2000 +- 0.1000', '0.8737', '0.7556'],
+        'CMCGAN': ['0.5500 +- 0.0000', '0.5000 +- 0.0000', '0.5500 +- 0.1000', '0.5000 +- 0.1000', '0.9105', '0.7661'],
+        'E': ['0.9500 +- 0.0000', '0.9000 +- 0.0000', '0.6500 +- 0.1000', '0.6000 +- 0.1000', '0.9954', '0.9033'],
+        'E, wrong label': ['0.1500 +- 0.0000', '0.1000 +- 0.0000', '0.2500 +- 0.0000', '0.2000 +- 0.0000', '-', '-'],
+        'E, another sound': ['0.9500 +- 0.0000', '0.9000 +- 0.0000', '0.6500 +- 0.1000', '0.6000 +- 0.1000', '-', '-'],
+        'real frames': ['1.0400', '0.9900', '-', '-', '-', '0.9956']}
+    assert [row[0] for row in lines][:4] == ['S2IC', 'CMCGAN', 'E', 'E, longer']
+    assert 'recognised as the label given: 0.6000 +- 0.2000' in text
+    assert 'With another sound l1 is 0.1300 +- 0.0100, with its own 0.1000 +- 0.0100.' in text
+    assert 'not given the label and do not train against C' in text
+    e = '12.0000 +- 2.0000 against ', '5.0000 +- 1.0000 against '
+    assert claims(text) == {                                # 1 - 12/22, 5/3 - 1; 1 - 12/4, 5/5 - 1; 0, 5/9 - 1
+        'A, without attention': [('confirmed', 'fid', e[0] + '30.0000 +- 2.0000'),
+                                 ('undecided', 'is', e[1] + '4.8000 +- 1.0000')],
+        'B, without the classification loss L_C': [
+            ('confirmed', 'fid', e[0] + '22.0000 +- 2.0000: 45.45 % better, in the paper 27.51 %'),
+            ('confirmed', 'is', e[1] + '3.0000 +- 1.0000: 66.67 % better, in the paper 22.39 %')],
+        'C, without the residue module': [
+            ('reversed', 'fid', e[0] + '4.0000 +- 2.0000: -200.00 % better, in the paper 36.66 %'),
+            ('undecided', 'is', e[1] + '5.0000 +- 1.0000: 0.00 % better, in the paper 103.01 %')],
+        'D, without stage II': [
+            ('undecided', 'fid', e[0] + '12.0000 +- 2.0000: 0.00 % better, in the paper 21.67 %'),
+            ('reversed', 'is', e[1] + '9.0000 +- 1.0000: -44.44 % better, in the paper 13.01 %')],
+        'CMCGAN, the better baseline': [                    # by the independent classifier
+            ('confirmed', 'accuracy', '0.9000 +- 0.0000 against 0.5000 +- 0.0000'),
+            ('undecided', 'accuracy_independent', '0.6000 +- 0.1000 against 0.5000 +- 0.1000')]}
+    # what was written is enough to write it again
+    kept = json.loads((tmp_path / 'tables.json').read_text())
+    again = {title: (x['model'], x['metrics']) for title, x in kept.items()}
+    assert again == columns and report.paper_tables(again, tmp_path) == text
+
+
+def test_the_papers_tables_of_some_models_alone(tmp_path):
+    """Without E there is nothing to claim, without baselines nothing to be ahead of; without FID of one of them
+    its place is taken by the independent classifier's.
+    """
+    made = {model: (model, three_seeds(**middle)) for model, middle in PAPER_TABLES.items()}
+    text = report.paper_tables({model: made[model] for model in ('D', 'S2IC')}, tmp_path)
+    assert 'claims' not in text and 'better' not in text and 'label given' not in text
+    assert [row[0] for row in cells(text.split('## Table 2')[1])] == ['', 'S2IC', 'real frames', 'random frame',
+                                                                       'mean frame']
+    text = report.paper_tables({model: made[model] for model in ('D', 'E')}, tmp_path)
+    (about, found), = claims(text).items()
+    assert about == 'D, without stage II' and [figure for _, figure, _ in found] == ['fid', 'is']
+    assert 'baseline' not in text.split('## The paper')[1]
+    few = [run | dict(pictures=dict(train=3000, validation=9)) for run in three_seeds(
+        '_independent', fid_independent=12, is_independent=5, accuracy=0.9, accuracy_independent=0.6, l1=0.1)]
+    other = three_seeds('_independent', fid_independent=24, is_independent=5, accuracy=0.9, accuracy_independent=0.6,
+                        l1=0.1)
+    for run in other:
+        run['validation']['fine'] |= dict(fid=3.0, is_independent=None)
+    text = report.paper_tables({'E': ('E', few), 'B': ('B', other)}, tmp_path)
+    assert 'fewer than 2,048' in text and claims(text) == {'B, without the classification loss L_C': [
+        ('confirmed', 'fid_independent',
+         '12.0000 +- 2.0000 against 24.0000 +- 2.0000: 50.00 % better, in the paper 27.51 %'),
+        ('undecided', 'is_independent', '5.0000 +- 1.0000 against -')]}         # not computed
+
+
+def test_what_the_report_says(trained):
     run, _ = trained
     config, metrics = runs.load_config(run), json.loads((run / 'metrics.json').read_text())
     classes = metrics['validation']['fine']['classes']
     for i, found in enumerate(classes.values()):
         found |= dict(accuracy_independent=1 - (i % 5 == 1) / 2, l1=0.1 + i / 100)
-    report.print_report(run, config, metrics)
-    out = capsys.readouterr().out
-    assert ('S2IC 0.8737 / 0.7556, CMCGAN 0.9105 / 0.7661, CAR-GAN 0.9954 / 0.9033; '
-            'judged by other classifiers; only CAR-GAN is given the label') in out
-    worst = out.split("worst I'' of validation: ")[1].splitlines()[0]
+    text = report.report_text(run, config, metrics)
+    assert f'model E after epoch 2: {metrics["data"]}, 32 pixels, 52 pairs in train, 26 pairs in validation' in text
+    worst = text.split("worst I'' of validation: ")[1].splitlines()[0]
     assert re.findall(r'(\w+) \(', worst) == [dict(enumerate(classes))[i] for i in (11, 6, 1)]
-    assert 'fid and is of fewer than 2,048' in out and 'fid and kid need 2 in both splits, is 100' in out
+    for words in 'fid and is of fewer than 2,048', 'fid and kid need 2 pictures in both splits, is needs 100':
+        assert words in text
     metrics['pictures'] = dict(train=2048, validation=2048)
-    report.print_report(run, config, metrics)
-    assert 'fewer' not in capsys.readouterr().out
+    assert 'fewer' not in report.report_text(run, config, metrics)
 
 
 def test_evaluate_command_repeats_what_train_found(trained, no_network):
@@ -2332,33 +2722,36 @@ def test_evaluate_command_repeats_what_train_found(trained, no_network):
     for split in ('train', 'validation'):
         assert {kind: set(found) for kind, found in before[split].items() if kind != 'failures'} == {
             'coarse': figures, 'fine': figures | {'classes'}, 'real': figures, 'random_frame': controls,
-            'mean_frame': controls}
-    (run / 'metrics.json').unlink(), (run / 'grid.png').unlink()
+            'mean_frame': controls, 'wrong_label': figures | {'accuracy_given'}, 'other_sound': figures}
+    for name in 'metrics.json', 'grid.png', 'report.html', 'curves.png':
+        (run / name).unlink()
     # the newest run below runs/
     done = command(HERE / 'evaluate.py', '--device', 'cpu', '--batch-size', '13', cwd=run.parent.parent)
     assert done.returncode == 0, done.stderr
     after = json.loads((run / 'metrics.json').read_text())
     assert after.keys() == before.keys()
     for split in ('train', 'validation'):
-        for kind in ('coarse', 'fine', 'real'):
+        for kind in ('coarse', 'fine', 'real', 'wrong_label', 'other_sound'):
             for figure in figures - {'is_independent', 'is_independent_std'}:
                 value = before[split][kind][figure]
                 assert after[split][kind][figure] == (value and pytest.approx(value, rel=1e-3, abs=1e-5)), figure
+    page = Page(run / 'report.html')
     for words in ("I'' fine", 'real frames', 'random frame', '0.9954', f'{after["validation"]["fine"]["l1"]:.4f}'):
-        assert words in done.stdout
+        assert words in done.stdout and words in page.text
+    assert (run / 'curves.png').exists()
     # a row a class: LMS, I', I'', truth and the train frame nearest to I''
     sheet = np.asarray(Image.open(run / 'grid.png').convert('RGB')).astype(int)
     assert sheet.shape == (28 + 13 * 132, 130 + 5 * 132, 3)
     _, model, _ = evaluate.load_run(run)
-    lms, _, label = evaluate.example_clips(dataset)[4][1]
+    lms, _, label = preprocess.example_clips(dataset)[4][1]
     independent, frames = evaluate.get_independent(dataset), dataset.train.batch(range(52))[1]
     with torch.no_grad():
-        distances = torch.cdist(independent(report.as_saved(model(lms, label)[1]))[0], independent(frames)[0])
-    nearest = report.picture(frames[distances.argmin()]).resize((128, 128), Image.Resampling.BICUBIC)
+        distances = torch.cdist(independent(preprocess.as_saved(model(lms, label)[1]))[0], independent(frames)[0])
+    nearest = preprocess.picture(frames[distances.argmin()]).resize((128, 128), Image.Resampling.BICUBIC)
     assert np.array_equal(sheet[28 + 4 * 132:, 130 + 4 * 132:][:128, :128], nearest)
 
 
-def test_other_data_leaves_the_runs_files_as_they_are(run_of_two, tmp_path, no_network, refused):
+def test_other_data_leaves_the_runs_files_as_they_are(run_of_two, tmp_path, no_network, refused, capsys):
     """--data goes to a folder of its own in the run, or to --out. The other data has but one pair in validation."""
     run, data, cache = run_of_two
     run, flags = shutil.copytree(run, tmp_path / 'run'), ['--device', 'cpu', '--cache', str(cache)]
@@ -2376,10 +2769,14 @@ def test_other_data_leaves_the_runs_files_as_they_are(run_of_two, tmp_path, no_n
     assert list(found['validation']['fine']['classes']) == ['viola'] and (run / 'one pair/grid.png').exists()
     evaluate.main([str(run), '--data', str(other), '--out', str(tmp_path / 'out'), *flags])
     assert {path: path.read_bytes() for path in before} == before
+    said = dict(re.findall(r'^in (.*): (metrics\.json, .*)$', capsys.readouterr().out, re.M))
+    assert [*said] == [str(run / 'one pair'), str(tmp_path / 'out')]
     assert json.loads((tmp_path / 'out/metrics.json').read_text())['data'] == str(other)
     for path in other.glob('*/*/viola'):
         path.rename(path.with_name('violet'))
     refused(evaluate, [run, '--data', other, *flags], other, 'classes')
+    for folder, names in said.items():              # what it says it has written
+        assert {*names.split(', ')} == {path.name for path in Path(folder).iterdir()}
 
 
 def test_images_are_written_for_other_tools(run_of_two, tmp_path, no_network, refused):
@@ -2400,7 +2797,7 @@ def test_images_are_written_for_other_tools(run_of_two, tmp_path, no_network, re
     split, name = preprocess.open_dataset(data, 32, cache).train, os.fsdecode(b'h\xff')
     lms, _, label = split.batch([split.stems.index(name)])
     with torch.no_grad():
-        expected = np.asarray(report.picture(model(lms, label)[1][0])).astype(int)
+        expected = np.asarray(preprocess.picture(model(lms, label)[1][0])).astype(int)
     assert np.abs(np.asarray(Image.open(images / 'train/viola' / f'{name}.png')).astype(int) - expected).max() <= 1
     refused(evaluate, [run, '--images', images, *flags], images, 'empty')
     with pytest.raises(SystemExit):
@@ -2435,10 +2832,11 @@ def test_several_runs_side_by_side(run_of_two, tmp_path, no_network, refused, ca
     capsys.readouterr()
     evaluate.main([str(tmp_path / 'all'), '--device', 'cpu', '--out', str(tmp_path / 'figures')])
     out = capsys.readouterr().out
-    titles = next(line for line in out.splitlines() if 'real frames' in line)
-    assert re.split(r'\s{2,}', titles.strip()) == ['D', 'E x2', 'real frames', 'random frame', 'mean frame']
-    lines = {line.split('  ')[1]: re.split(r'\s{2,}', line.strip())[1:]
-             for line in out.split('\nvalidation\n')[1].split('\n\n')[0].splitlines()}
+    text = (tmp_path / 'figures/tables.md').read_text()
+    assert text.strip() in out and 'seeds: D 1, E 2' in text
+    head, *lines = cells(text.split('## Table 1')[1])
+    assert head == ['validation', 'D', 'E', 'real frames', 'random frame', 'mean frame']
+    lines = {name: row for name, *row in lines}
     assert lines['fid, paper'] == ['307.3725', '240.7771', '-', '-', '-']
     metrics = [json.loads((tmp_path / 'all' / name / 'metrics.json').read_text())['validation']
                for name in ('D', 'E-seed-3', 'E-seed-4')]
@@ -2446,9 +2844,14 @@ def test_several_runs_side_by_side(run_of_two, tmp_path, no_network, refused, ca
     assert seeds[0] != seeds[1]
     assert lines['l1'] == [f'{first:.4f}', f'{np.mean(seeds):.4f} +- {np.std(seeds, ddof=1):.4f}', '0.0000',
                            f'{metrics[0]["random_frame"]["l1"]:.4f}', f'{metrics[0]["mean_frame"]["l1"]:.4f}']
-    figure4, figure5 = (np.asarray(Image.open(tmp_path / f'figures/figure{n}.png').convert('RGB')) for n in (4, 5))
+    kept = json.loads((tmp_path / 'figures/tables.json').read_text())
+    assert [(title, x['model'], [run['validation'] for run in x['metrics']]) for title, x in kept.items()] == [
+        ('D', 'D', metrics[:1]), ('E', 'E', metrics[1:])]
+    figure4, figure5, figure6 = (np.asarray(Image.open(tmp_path / f'figures/figure{n}.png').convert('RGB'))
+                                 for n in (4, 5, 6))
     assert figure4.shape == (28 + 2 * 132, 130 + 4 * 132, 3) and figure5.shape == (28 + 2 * 132, 130 + 6 * 132, 3)
-    clip = evaluate.example_clips(evaluate.open_run_data(runs.load_config(run)))[1][1]
+    assert np.array_equal(figure6, np.delete(figure4, range(130 + 132, 130 + 2 * 132), axis=1))       # without D
+    clip = preprocess.example_clips(evaluate.open_run_data(runs.load_config(run)))[1][1]
 
     def tile(sheet, column):
         return sheet[28 + 132:, 130 + column * 132:][:128, :128].astype(int)
@@ -2456,12 +2859,16 @@ def test_several_runs_side_by_side(run_of_two, tmp_path, no_network, refused, ca
     for column, name in enumerate(('D', 'E-seed-3'), 1):
         with torch.no_grad():
             stages = evaluate.load_run(tmp_path / 'all' / name)[1](*clip[::2])[:2]
-        coarse, fine = (np.asarray(report.picture(x[0]).resize((128, 128), Image.Resampling.BICUBIC)).astype(int)
+        coarse, fine = (np.asarray(preprocess.picture(x[0]).resize((128, 128), Image.Resampling.BICUBIC)).astype(int)
                         for x in stages)
         assert np.abs(tile(figure4, column) - fine).max() <= 1
         assert np.abs(tile(figure5, 2 * column - 1) - coarse).max() <= 1
         assert np.abs(tile(figure5, 2 * column) - fine).max() <= 1
 
+    page = Page(tmp_path / 'figures/report.html')
+    assert [image.size for image in page.images] == [(sheet.shape[1], sheet.shape[0])
+                                                     for sheet in (figure4, figure5, figure6)]
+    assert page.names.count('h2') == 4 and page.names.count('pre') == 2 and cells(page.text) == cells(text)
     path = tmp_path / 'all/E-seed-3/config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(data='/other')))
     refused(evaluate, [tmp_path / 'all', '--device', 'cpu'], path.parent, '/other', 'same data')
@@ -2470,41 +2877,14 @@ def test_several_runs_side_by_side(run_of_two, tmp_path, no_network, refused, ca
 
 def test_grid_shows_the_pictures_in_their_place(tmp_path):
     red, half = torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 32, 32), torch.zeros(3, 32, 32)
-    report.draw_grid([('one', dict(a=report.picture(red), b=report.picture(half)))], tmp_path / 'grid.png')
+    preprocess.draw_grid([('one', dict(a=preprocess.picture(red), b=preprocess.picture(half)))], tmp_path / 'grid.png')
     sheet = np.asarray(Image.open(tmp_path / 'grid.png').convert('RGB'))
     assert tuple(sheet[28 + 64, 130 + 64]) == (255, 0, 0) and tuple(sheet[28 + 64, 130 + 132 + 64]) == (128, 128, 128)
     assert (sheet[:28] < 128).any() and (sheet[28:, :120] < 128).any()       # titles and name
     lms = torch.full((1, 32, 32), -1.0)
     lms[:, :16] = 1                                                          # loud low bands
-    drawn = np.asarray(report.lms_picture(lms)).astype(int).sum(axis=2)
+    drawn = np.asarray(preprocess.lms_picture(lms)).astype(int).sum(axis=2)
     assert (drawn[16:] > 600).all() and (drawn[:16] < 30).all()              # bright at the bottom
-
-
-def test_a_picture_is_generated_for_a_recording(trained, demo, tmp_path, refused, monkeypatch):
-    run, cache = trained
-    config, model, _ = evaluate.load_run(run)
-    clip = sorted((demo / 'chunk/validation/sax').iterdir())[0]
-    lms, _, label = evaluate.open_run_data(config, cache=cache).validation.batch([2 * config['classes'].index('sax')])
-    monkeypatch.chdir(tmp_path)
-    flags = ['--label', 'sax', '--device', 'cpu']
-    evaluate.main([str(run), '--audio', str(clip), *flags])
-    generated = np.asarray(Image.open(clip.with_suffix('.png').name)).astype(int)
-    with torch.no_grad():
-        expected = np.asarray(report.picture(model(lms, label)[1][0])).astype(int)
-    assert np.abs(generated - expected).max() <= 3          # the cache holds float16
-    samples = np.random.default_rng(0).integers(-9999, 9999, (28000, 2)).astype('<i2')
-    wavfile.write('long.wav', 22050, samples)               # 1.27 s
-    evaluate.main([str(run), '--audio', 'long.wav', '--out', 'scene.png', *flags])
-    strip = Image.open('scene.png')
-    assert strip.size == (3 * 32, 32)
-    parts = [np.asarray(strip.crop((i * 32, 0, i * 32 + 32, 32))) for i in range(3)]
-    assert not np.array_equal(parts[0], parts[2])
-    refused(evaluate, [run, '--audio', 'long.wav', '--out', 'scene.png', *flags], 'scene.png', 'exists')
-    refused(evaluate, [run, '--audio', 'long.wav', '--label', 'kazoo'], 'kazoo', 'bassoon, cello')
-    refused(evaluate, [run, '--audio', 'scene.png', '--out', 'x.png', *flags], 'scene.png', 'WAV')
-    refused(evaluate, [run, '--audio', 'long.wav'], '--label')
-    refused(evaluate, [run, run, '--audio', 'long.wav', '--label', 'sax'], '--audio')
-    refused(evaluate, [run, '--batch-size', '0'], '--batch-size')
 
 
 def test_a_run_is_its_model_or_its_checkpoint_and_the_classifier_they_name(run_of_two, tmp_path, refused):
@@ -2560,9 +2940,300 @@ def test_files_of_a_run_cannot_run_code_and_broken_ones_are_named(run_of_two, tm
     refused(evaluate, [], 'no run', 'python train.py')
 
 
+# ------------------------------------------------------------------------- a run's page, a recording
+
+NASTY = '<b>&"\udcff'       # a class or a folder may be called so
+
+
+class Page(HTMLParser):
+    """What is on a page: its tags in order with their attributes, the pictures as Pillow reads them, its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.open = [], '', []
+        self.feed(path.read_text('utf-8'))
+        self.names = [name for name, _ in self.tags]
+        self.images = [Image.open(io.BytesIO(b64decode(more['src'].removeprefix('data:image/jpeg;base64,'))))
+                       for name, more in self.tags if name == 'img']
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open += [tag] * (tag not in ('meta', 'link', 'img'))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_log(run, rows, tail=''):
+    lines = ['step,epoch,L_C,L_cGAN,L_L1,L_D', *(','.join(map(str, row)) for row in rows), tail]
+    (run / 'log.csv').write_text('\n'.join(lines))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run of 20 epochs of ten steps; its pictures are of one colour each, the samples' redder from each to the next.
+    """
+    run, figures = tmp_path / 'run', dict(accuracy=0.5, accuracy_independent=0.25, l1=0.125)
+    (run / 'samples').mkdir(parents=True)
+    made = {'command': 'python train.py --data "a b"', 'machine': 'an <abacus>', 'commit': ''}
+    (run / 'config.json').write_text(json.dumps(dict(
+        size=64, base=32, disc_base=16, seed=0, variant='C', data=f'/data/{NASTY}', cache=None, preset='small',
+        epochs=20, made=made)))
+    found = dict(dict.fromkeys(('coarse', 'real', 'random_frame', 'mean_frame'), figures),
+                 fine=dict(figures, classes={NASTY: figures}), failures=dict(clips=2, wrong=1))
+    (run / 'metrics.json').write_text(json.dumps(dict(
+        data=f'/data/{NASTY}', size=64, epoch=20, pictures=dict(train=2, validation=2), independent_accuracy=0.75,
+        versions=dict(torch='2.x'), train=found, validation=found)))
+    write_log(run, [(step, 1 + (step - 1) // 10, *(k + 100 / step for k in range(4))) for step in range(1, 201)])
+    for epoch in range(1, 21):
+        Image.new('RGB', (90, 60), (10 * epoch, 0, 0)).save(run / f'samples/epoch-{epoch:04d}.png')
+    Image.new('RGB', (100, 60), (0, 200, 0)).save(run / 'grid.png')
+    Image.new('RGB', (100, 60), (0, 0, 200)).save(run / 'failures.png')
+    return run
+
+
+REFRESH = 'meta', {'http-equiv': 'refresh', 'content': '30'}
+
+
+def test_the_page_of_a_finished_run(finished):
+    """In order, without anything from elsewhere, and whatever the names are."""
+    report.write_page(finished)
+    page, text = Page(finished / 'report.html'), (finished / 'report.html').read_text('utf-8')
+    green, *reds, blue = [image.getpixel((50, 30)) for image in page.images]
+    assert green[1] > 150 and blue[2] > 150 and reds[-1][0] > 140
+    assert len(reds) <= 8 and [red[0] for red in reds] == sorted({red[0] for red in reds})
+    order = [page.text.index(word) for word in (
+        'Model C, without the residue module, on /data/<b>&"', 'small', 'python train.py --data "a b"',
+        'after epoch 20', 'real frames', '0.1250', 'L_C', 'L_cGAN', 'L_L1', 'L_D', 'samples over time', 'Failures',
+        'machine: an <abacus>', 'torch: 2.x')]
+    assert order == sorted(order) and page.text.count('python train.py') == 1 and 'commit' not in page.text
+    assert page.names.count('svg') == 4 and 'epoch 20 of 20' in page.text and REFRESH not in page.tags
+    assert all(more['alt'] for name, more in page.tags if name == 'img') and ('details', {}) in page.tags    # folded
+    assert not {'script', 'b', 'abacus', 'iframe', 'object', 'base'} & {*page.names}
+    assert page.text.count('<b>&"\\udcff') == 3                             # the data twice, a class once
+    assert all(more[name].startswith('data:') for _, more in page.tags for name in ('src', 'href') if name in more)
+    assert not re.search(r'https?:|url\(|@import', text)
+    several = finished.parent / '<i>'
+    several.mkdir()
+    report.write_folder_page(several, f'# {NASTY}\n\n| {NASTY} |\n|---|\n\n{NASTY}')
+    page = Page(several / 'report.html')
+    assert page.names[-4:] == ['h1', 'h2', 'pre', 'p'] and page.text.count('<b>&"') == 3 and '<i>: sev' in page.text
+    with pytest.raises(InputError):
+        report.write_page(several)
+
+
+def test_the_page_while_a_run_is_at_work(finished):
+    """It has the newest sample for the grid and loads itself again; also where a run goes on after its end."""
+    config, metrics = json.loads((finished / 'config.json').read_text()), finished / 'metrics.json'
+    (finished / 'config.json').write_text(json.dumps(config | dict(epochs=30)))
+    report.write_page(finished)
+    page = Page(finished / 'report.html')
+    assert REFRESH in page.tags and page.images[0].getpixel((50, 30))[0] > 150 and 'after epoch 20' in page.text
+    metrics.unlink(), (finished / 'failures.png').unlink()
+    for epoch in (16, 17, 18, 19, 20):
+        (finished / f'samples/epoch-{epoch:04d}.png').unlink()
+    del config['made']                                              # as runs before there was one
+    (finished / 'config.json').write_text(json.dumps(config))
+    report.write_page(finished)
+    page = Page(finished / 'report.html')
+    assert REFRESH in page.tags and 'epoch 15 of 20' in page.text and 'real frames' not in page.text
+    assert abs(page.images[0].getpixel((50, 30))[0] - 150) < 5
+
+
+def test_large_pictures_and_long_logs_make_no_large_page(finished):
+    noise = np.random.default_rng(0).integers(0, 256, (852, 357, 3), np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    Image.fromarray(noise).save(finished / 'noise', 'BMP')
+    for path in [finished / 'grid.png', finished / 'failures.png', *finished.glob('samples/*')]:    # of 13 classes
+        path.unlink()
+        if path.parent == finished or path.stem > 'epoch-0012':
+            path.symlink_to(finished / 'noise')
+    losses = np.random.default_rng(0).random((50_000, 4)).round(4)
+    write_log(finished, [(i + 1, 1 + i // 250, *row) for i, row in enumerate(losses)])
+    report.write_page(finished)
+    page = Page(finished / 'report.html')
+    assert len(page.images) == 10 and page.images[0].width > 650 and page.images[1].width > 300
+    assert (finished / 'report.html').stat().st_size < 3e6
+
+
+@pytest.mark.parametrize('log, curves', [(None, 0), ('step,epoch,L_C,L_cGAN,L_L1,L_D\n', 0), ('1,1,1,2,3,4\n', 4)])
+def test_a_log_of_a_row_or_none(finished, log, curves):
+    (finished / 'log.csv').unlink() if log is None else (finished / 'log.csv').write_text(log)
+    report.write_page(finished)
+    assert Page(finished / 'report.html').names.count('svg') == curves == 4 * (finished / 'curves.png').exists()
+
+
+def test_the_log_is_read_without_what_is_torn(tmp_path):
+    write_log(tmp_path, [(1, 1, 1, 2, 3, 4), (2, 1, 1, 2, 3, 4), (3, 2, 1, 'inf', 3, 4), ('3', 2), (4, 2, 5, 6, 7, 8)],
+              '5,3,1,2,3,4')        # the last line's end may be missing
+    epochs, losses = report.read_log(tmp_path / 'log.csv')
+    assert epochs.tolist() == [0.5, 1, 2] and losses.tolist() == [[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_the_curves_by_hand(tmp_path):
+    """Of five epochs of one step: what is drawn faint, bold and beside the axes, in the SVG and in the PNG."""
+    values, means = np.array([4.0, 0, 2, 6, 4]), np.array([2, 2, 8 / 3, 4, 5])      # of each and its neighbours
+    write_log(tmp_path, [(i + 1, i + 1, value, value, 1, -value) for i, value in enumerate(values)])
+    svgs = report.draw_losses(tmp_path / 'log.csv', tmp_path / 'curves.png')
+    low, high = np.quantile([*values, *means], [0.005, 0.995])
+    low, high = low - (high - low) / 20, high + (high - low) / 20
+
+    def points(svg, kind):
+        text, = re.findall(f'class="{kind}" points="([^"]*)"', svg)
+        return [tuple(map(float, point.split(','))) for point in text.split()]
+
+    for kind, line in (('smooth', means), ('raw', np.clip(values, low, high))):
+        x, y = zip(*points(svgs[0], kind))
+        assert x == (110, 170, 230, 290, 350)
+        np.testing.assert_allclose(y, 146 - 122 * (line - low) / (high - low), atol=0.051)
+    words = [re.findall(f'<text class="{anchor}"[^>]*>([^<]*)', svgs[0]) for anchor in ('ms', 'rs')]
+    assert words == [['0', '1', '2', '3', '4', '5'], ['epoch', '0', '2', '4', '6']]
+    sheet = Image.open(tmp_path / 'curves.png').convert('RGB')
+    assert sheet.size == (1440, 680)
+    for i, svg in enumerate(svgs):
+        for x, y in points(svg, 'smooth')[1:-1]:
+            assert sheet.getpixel((i % 2 * 720 + round(2 * x), i // 2 * 340 + round(2 * y))) == (31, 95, 168)
+
+
+def test_ticks_are_round_and_few():
+    for low, high in ((0.18, 0.83), (-0.3, 7), (100, 101), (-7e-4, 9e-4), (0, 5e6), (0, 5.99)):
+        found = report.ticks(low, high)
+        assert 3 <= len(found) <= 6 and low <= found[0] and found[-1] <= high + 1e-9
+        np.testing.assert_allclose(np.diff(found), float(f'{found[1] - found[0]:.0e}'))
+    assert report.ticks(0, 3.5, least=1).tolist() == [0, 1, 2, 3]
+
+
+def test_a_recording_is_heard_every_hop():
+    """Half a second from each moment on, silence after the end: by a model whose I'' is as bright as its LMS is loud.
+    """
+    def ear(lms, label):
+        assert lms.shape == (1, 1, 32, 32) and label.tolist() == [1]
+        return None, lms.mean().expand(1, 3, 32, 32), None
+
+    def heard(wave, rate=22050, hop=0.5):
+        frames = report.generate_recording(ear, ['a', 'b'], wave, rate, 'b', 32, hop=hop)
+        np.testing.assert_allclose([seconds for seconds, _ in frames], hop * np.arange(len(frames)))
+        return [image.getpixel((0, 0))[0] for _, image in frames]
+
+    wave = np.random.default_rng(0).normal(0, 0.1, 44100).astype(np.float32)
+    wave[22050:] = 0                                                # a second of noise, a second of silence
+    loud, also, still, last = heard(wave)
+    assert loud > still == last and abs(also - loud) < 20
+    found = heard(wave, hop=0.25)
+    assert len(found) == 8 and still < found[3] < loud and found[4] == still        # half of found[3] is noise
+    # 0.15 s are 3307.5 samples, read from 3308; a tenth of a second, or nothing, is one picture
+    for length, hop, count in ((0.15, 0.15, 1), (1.1, 0.1, 11), (0.1, 0.5, 1), (0, 0.5, 1), (0.501, 0.5, 2),
+                               (1, 1 / 3, 3)):
+        assert len(heard(wave[:round(length * 22050)], hop=hop)) == count
+    assert len(heard(wave[:11025], rate=11025)) == 2                # half of this rate is no whole number
+
+
+@pytest.mark.parametrize('hop', [0.5, 0.125, 1 / 3])
+def test_a_gif_moves_in_real_time(tmp_path, hop):
+    frames = [(i * hop, Image.new('RGB', (32, 32), (10 * i, 0, 0))) for i in range(24)]
+    report.save_recording(frames, tmp_path / 'a.gif', hop)
+    with Image.open(tmp_path / 'a.gif') as gif:
+        assert gif.format == 'GIF' and gif.n_frames == 24 and gif.info['loop'] == 0
+        durations = []
+        for i in range(24):
+            gif.seek(i)
+            durations.append(gif.info['duration'])
+            assert abs(gif.convert('RGB').getpixel((5, 5))[0] - 10 * i) < 5
+    assert all(abs(duration - 1000 * hop) < 10 for duration in durations)
+    assert abs(sum(durations) - 24000 * hop) <= 5                   # no error adds up
+
+
+def test_a_png_wraps_at_sixteen(tmp_path):
+    frames = [(i / 4, Image.new('RGB', (32, 32), (10 * i, 0, 0))) for i in range(20)]
+    report.save_recording(frames, str(tmp_path / 'a.png'))
+    sheet = Image.open(tmp_path / 'a.png').convert('RGB')
+    assert sheet.size == (4 + 16 * 132, 2 * (28 + 132))
+    for i in range(20):
+        left, top = 4 + i % 16 * 132, i // 16 * 160
+        assert sheet.getpixel((left + 64, top + 28 + 64)) == (10 * i, 0, 0)
+        assert min(sheet.crop((left, top, left + 128, top + 28)).convert('L').tobytes()) < 100      # its time above
+
+
+def test_a_picture_is_generated_for_a_recording(trained, demo, tmp_path, refused, monkeypatch, capsys):
+    run, cache = trained
+    config, model, _ = evaluate.load_run(run)
+    clip = sorted((demo / 'chunk/validation/sax').iterdir())[0]
+    lms, _, label = evaluate.open_run_data(config, cache=cache).validation.batch([2 * config['classes'].index('sax')])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, 'load_run', lru_cache(evaluate.load_run))         # for time
+
+    def tiles(path):
+        sheet = np.asarray(Image.open(path).convert('RGB')).astype(int)
+        assert sheet.shape[0] == 28 + 132 and sheet.shape[1] % 132 == 4
+        return [sheet[28:, 4 + left:][:128, :128] for left in range(0, sheet.shape[1] - 4, 132)]
+
+    flags = ['--label', 'sax', '--device', 'cpu']
+    evaluate.main([str(run), '--audio', str(clip), *flags])
+    generated, = tiles(clip.with_suffix('.png').name)
+    with torch.no_grad():
+        expected = preprocess.picture(model(lms, label)[1][0]).resize((128, 128), Image.Resampling.BICUBIC)
+    assert np.abs(generated - np.asarray(expected)).max() <= 3      # the cache holds float16
+    samples = np.random.default_rng(0).integers(-9999, 9999, (28000, 2)).astype('<i2')
+    wavfile.write('long.wav', 22050, samples)               # 1.27 s
+    wavfile.write('short.wav', 22050, samples[:2205])       # 0.1 s
+    long = [run, '--audio', 'long.wav', *flags]
+    evaluate.main([*map(str, long), '--out', 'scene.png'])
+    parts = tiles('scene.png')
+    assert len(parts) == 3 and not np.array_equal(parts[0], parts[2])
+    evaluate.main([*map(str, long), '--out', 'twice.png', '--hop', '0.25'])
+    assert '\ntwice.png: 6 pictures of sax, every 0.25 s\n' in capsys.readouterr().out
+    assert len(tiles('twice.png')) == 6 and np.array_equal(tiles('twice.png')[::2], parts)
+    evaluate.main([*map(str, long), '--out', 'scene.gif', '--hop', '0.3'])
+    with Image.open('scene.gif') as gif:
+        durations = [gif.seek(i) or gif.info['duration'] for i in range(gif.n_frames)]
+    assert gif.size == (32, 32) and durations == [300] * 5
+    evaluate.main([str(run), '--audio', 'short.wav', *flags])
+    assert len(tiles('short.png')) == 1
+    refused(evaluate, [*long, '--out', 'scene.png'], 'scene.png', 'exists')
+    refused(evaluate, [*long, '--out', 'scene.jpg'], 'scene.jpg', '.png or .gif')
+    refused(evaluate, [run, '--audio', 'long.wav', '--label', 'kazoo'], 'kazoo', 'bassoon, cello')
+    refused(evaluate, [run, '--audio', 'scene.png', '--out', 'x.png', *flags], 'scene.png', 'WAV')
+    for hop in '0', '-1', 'nan', '601':
+        refused(evaluate, [*long, '--out', 'x.png', '--hop', hop], '--hop')
+    refused(evaluate, [run, run, '--audio', 'long.wav', '--label', 'sax'], '--audio')
+    refused(evaluate, [run, *flags], '--label', '--audio')
+    refused(evaluate, [run, '--batch-size', '0'], '--batch-size')
+    assert not list(tmp_path.glob('x.*')) and not list(tmp_path.glob('*.jpg'))
+
+
+def test_what_plays_in_a_recording_is_heard(trained, demo, tmp_path, monkeypatch, capsys):
+    """Without --label: the three likeliest on average over its half seconds, a tuba's and two of a flute here."""
+    run, cache = trained
+    cache, train_classifier = shutil.copytree(cache, tmp_path / 'cache'), evaluate.train_classifier
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, 'load_run', lru_cache(evaluate.load_run))         # for time, as are the few epochs
+    monkeypatch.setattr(evaluate, 'train_classifier',
+                        lambda *args, **more: train_classifier(*args, **more | dict(epochs=25)))
+    clips = [sorted((demo / 'chunk/validation' / name).iterdir())[0] for name in ('tuba', 'flute', 'flute')]
+    rate, samples = wavfile.read(clips[0])[0], np.concatenate([wavfile.read(clip)[1] for clip in clips])
+    wavfile.write('three.wav', rate, samples)
+    flags = [str(run), '--audio', 'three.wav', '--cache', str(cache), '--device', 'cpu']
+    evaluate.main([*flags, '--out', 'heard.gif'])
+    line, last = capsys.readouterr().out.splitlines()[-2:]
+    dataset = evaluate.open_run_data(runs.load_config(run), cache=cache)
+    audio, accuracy = evaluate.get_audio_classifier(dataset)
+    lms = preprocess.recording_lms(*preprocess.read_wav('three.wav'), 32)
+    with torch.no_grad():
+        heard = audio(lms).softmax(dim=1).mean(dim=0)
+    likely = [(dataset.classes[i], f'{heard[i]:.4f}') for i in heard.argsort(descending=True)[:3]]
+    assert len(lms) == 3 and line.startswith('three.wav: ')
+    assert re.findall(r'(\w+) (0\.\d{4})\b', line.split(', by')[0]) == likely and f'is {accuracy:.4f};' in line
+    assert last == f'heard.gif: 3 pictures of {likely[0][0]}, every 0.5 s'
+    evaluate.main([*flags, '--out', 'told.gif', '--label', likely[0][0]])
+    assert Path('told.gif').read_bytes() == Path('heard.gif').read_bytes()
+    assert len(capsys.readouterr().out.splitlines()) == 1           # nothing is heard where it is told
+
+
 # --------------------------------------------------------------------------------------- baselines
 
-NETS = {'S2IC': ('phi', 'G'), 'CMCGAN': ('E_A', 'E_V', 'D_A', 'D_V')}
 both_baselines = pytest.mark.parametrize('name', baselines.BASELINES)
 
 
@@ -2707,7 +3378,8 @@ def test_s2ic_steps_by_hand(random_C):
     real, wrong, fake = (D(x, audio(lms)).sigmoid() for x in (image, image[index], fake))
     expected = -real.log().mean() - ((1 - wrong).log().mean() + (1 - fake).log().mean()) / 2
     torch.manual_seed(3)
-    torch.testing.assert_close(baselines.DiscriminatorStep(model, D)(lms, image, label, fakes), expected.view(1, 1) * 4)
+    L_D, = baselines.DiscriminatorStep(model, D)(lms, image, label, fakes)
+    torch.testing.assert_close(L_D, expected.view(1, 1) * 4)
 
 
 def test_cmcgan_steps_by_hand(random_C):
@@ -2731,7 +3403,8 @@ def test_cmcgan_steps_by_hand(random_C):
     real, *others = (D(*pair).sigmoid() for pair in ((v, a), (v, a[index]), (v[index], a), (v, F_Sound), (F_Image, a)))
     expected = -2 * real.log().mean() - sum((1 - other).log().mean() for other in others) / 2
     torch.manual_seed(3)
-    torch.testing.assert_close(baselines.DiscriminatorStep(model, D)(a, v, label, fakes), expected.view(1, 1) * 4)
+    L_D, = baselines.DiscriminatorStep(model, D)(a, v, label, fakes)
+    torch.testing.assert_close(L_D, expected.view(1, 1) * 4)
 
 
 def test_mismatch_is_any_row_of_another_class():
@@ -2750,7 +3423,7 @@ def test_a_batch_of_one_class_has_no_wrong_pairs(random_C, name):
     label = torch.full((4,), 2)
     assert not baselines.mismatch(label)[1].any()
     _, fakes = baselines.GeneratorStep(model, D)(lms, image, label)
-    L_D = baselines.DiscriminatorStep(model, D)(lms, image, label, fakes)
+    L_D, = baselines.DiscriminatorStep(model, D)(lms, image, label, fakes)
     L_D.sum().backward()
     assert all(p.grad.isfinite().all() for p in D.parameters()) and any(p.grad.any() for p in D.parameters())
     pairs = [(image, lms), (image, fakes[-1]), (fakes[0], lms)]
@@ -2822,7 +3495,7 @@ def test_each_baseline_step_moves_its_own_weights_alone(random_C, name):
         if moving is trained:
             terms, fakes = baselines.GeneratorStep(model, D)(*batch)
         else:
-            terms = baselines.DiscriminatorStep(model, D)(*batch, fakes)
+            terms, = baselines.DiscriminatorStep(model, D)(*batch, fakes)
         terms.sum().backward()
         torch.optim.Adam(moving, lr=1e-3).step()
         moved = {key.split('.')[0] for key in changed(before, model.state_dict())}
@@ -2851,7 +3524,7 @@ def test_baseline_steps_enter_autocast_in_any_thread(random_C, name):
 
     def work():
         out.extend(baselines.GeneratorStep(model, D, torch.bfloat16)(*batch))
-        out.append(baselines.DiscriminatorStep(model, D, torch.bfloat16)(*batch, out[1]))
+        out.extend(baselines.DiscriminatorStep(model, D, torch.bfloat16)(*batch, out[1]))
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -2871,7 +3544,7 @@ def test_cmcgan_learns_to_reconstruct(pairs, random_C):
         terms, fakes = steps[0](lms, image, label)
         curve.append(terms[0, 2].item() / len(label))
         for loss, optimizer in ((terms[0, 1] + 10 * terms[0, 2], optimizers[0]),
-                                (steps[1](lms, image, label, fakes), optimizers[1])):
+                                (*steps[1](lms, image, label, fakes), optimizers[1])):
             optimizer.zero_grad()
             (loss.sum() / len(label)).backward()
             optimizer.step()
@@ -2901,6 +3574,9 @@ def test_train_without_data_makes_the_demo_and_ends_with_a_table(tmp_path, monke
     for words in ('built-in demo data', '52 pairs in train, 26 in validation', 'epoch 1/1', "I'' fine", 'metrics.json'):
         assert words in out
     assert len(list((tmp_path / 'runs').glob('demo-E-*/samples/epoch-0001.png'))) == 1
+    path, = Path('runs').glob('demo-E-*/report.html')
+    assert out.splitlines()[-1] == f'its page: {path}'
+    assert 'python train.py --size 32 --base 8 --batch-size 26' in Page(path).text
 
 
 def test_arrows_of_import_run_one_way():
@@ -2928,4 +3604,4 @@ def test_the_readmes_lines_of_python(trained, demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(next((demo / 'chunk/validation/violin').iterdir()), 'clip.wav')
     exec(re.sub(r'runs/[^\'"]*', str(trained[0]), lines), {})
-    assert Image.open('scene.png').size == (32, 32)
+    assert Image.open('scene.png').size == (4 + 132, 28 + 132)        # a picture and its time

@@ -4,20 +4,24 @@
     python train.py --data Sub-URMP                  # the paper's run: 256x256, batch 64, 200 epochs
     python train.py --data mydata --preset small     # little data: a gentler Adam, an average of the weights
     python train.py --resume runs/NAME               # go on where a run stopped
+    python train.py --data Sub-URMP --variant all --seed 0 1 2 --out runs/paper     # Tables 1 and 2, Figures 4 to 6
     torchrun --nproc_per_node=4 train.py --data Sub-URMP       # a process a GPU, on one node or many
 
 All settings are the paper's unless a preset or a flag says otherwise. A run is one folder: config.json,
-classifier.pt, checkpoint.pt (to go on), model.pt (to generate), log.csv, samples/, metrics.json, grid.png.
+classifier.pt, checkpoint.pt (to go on), model.pt (to generate), log.csv, samples/, metrics.json, grid.png, report.html.
 """
 import argparse
 import copy
 import itertools
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,22 +30,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cargan import (CARGAN, VARIANTS, Classifier, PatchDiscriminator, classification_loss, discriminator_loss,
-                    generator_loss, l1_loss, objective)
+import baselines
+from baselines import BASELINES, EPOCHS, SETTINGS
+from cargan import (VARIANTS, PatchDiscriminator, classification_loss, discriminator_loss, generator_loss, l1_loss,
+                    objective, recalibrate_batchnorm)
 from demo import demo_data
-from evaluate import digest, evaluate_run, print_report, train_classifier
-from preprocess import open_dataset
-from report import LOSSES, Log, draw_grid, example_clips, example_pictures, way_back
+from evaluate import (compare_runs, digest, evaluate_run, get_audio_classifier, get_classifier, load_generators,
+                      make_model)
+from preprocess import draw_grid, example_clips, example_pictures, open_dataset
+from report import LOSSES, Log, report_text, way_back, write_page
 from runs import (InputError, Progress, broadcast, choose_device, default_cache, distributed, duration, load_config,
                   load_file, load_state, open_run, peak_memory, rank, rank0_first, reason, run_command, save_file,
                   world_size, write_config)
 
 SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4, betas=[0.5, 0.999],
-             saturating=False, ema=1500)
+             saturating=False, ema=1500, classifier_epochs=10, lambdas=[0.1, 1.0, 100.0, 1.0, 1.0])
 PRESETS = {     # what each sets otherwise than the paper
     'paper': {},
     'small': dict(SMALL, size=128),
-    'demo': dict(SMALL, size=64, epochs=16, pretrained=False, classifier_epochs=4),
+    'demo': dict(SMALL, size=64, epochs=16, pretrained=False),
 }
 MODEL_SETTINGS = ('size', 'base', 'disc_base', 'variant')       # a checkpoint fits these alone
 
@@ -96,17 +103,23 @@ class DiscriminatorStep(nn.Module):
 
 
 class Trainer:
-    """G1, G2, C and D with their optimisers: section 3.5's two alternating steps."""
+    """G1, G2, C and D with their optimisers: section 3.5's two alternating steps. Or a baseline's networks, trained
+    by its own losses; `audio` is S2IC's audio classifier.
+    """
 
-    def __init__(self, args, num_classes, lms_channels, classifier, device, gpus=()):
+    def __init__(self, args, num_classes, lms_channels, classifier, device, gpus=(), audio=None):
         torch.manual_seed(args.seed)        # the same start, whether C was trained just now or loaded
         self.device, self.args = device, args
         self.gpus = list(gpus) or [device] * (device.type == 'cuda')
         self.epoch, self.step_in_epoch, self.steps = 0, 0, 0        # whole epochs, steps of the next one, of all
-        self.model = CARGAN(num_classes, args.size, args.base, args.variant, lms_channels, classifier,
-                            args.dropout, args.init_std).to(device, memory_format=torch.channels_last).train()
-        self.D = PatchDiscriminator(lms_channels + 3, args.disc_base, args.variant != 'A', args.init_std)
-        self.D.to(device, memory_format=torch.channels_last)        # the faster layout, on a CPU too
+        self.model = make_model(args.variant, num_classes, args.size, args.base, lms_channels, classifier,
+                                args.dropout, args.init_std, audio)
+        if args.variant in BASELINES:
+            self.D = BASELINES[args.variant][1](args.size, args.disc_base, lms_channels, args.init_std)
+        else:
+            self.D = PatchDiscriminator(lms_channels + 3, args.disc_base, args.variant != 'A', args.init_std)
+        for network in self.model.train(), self.D:
+            network.to(device, memory_format=torch.channels_last)       # the faster layout, on a CPU too
         C = self.model.residue.classifier
         trained = [p for p in self.model.parameters() if p.requires_grad]                 # C is frozen
         self.average = copy.deepcopy(self.model, {id(C): C}) if args.ema else None        # one C for both
@@ -118,11 +131,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.G_optimizer = torch.optim.Adam(trained, lr=args.lr, betas=args.betas, fused=True)
         self.D_optimizer = torch.optim.Adam(self.D.parameters(), lr=args.lr, betas=args.betas, fused=True)
+        if args.variant in BASELINES:
+            steps = [step(self.model, self.D, dtype) for step in (baselines.GeneratorStep, baselines.DiscriminatorStep)]
+        else:
+            steps = (GeneratorStep(self.model, self.D, stages, args.saturating, dtype),
+                     DiscriminatorStep(self.D, self.model if args.fresh_fakes else None, stages, dtype))
         self.set_requires_grad(self.G_optimizer)    # DistributedDataParallel asks here which weights a step moves
-        self.G_step = self._parallel(GeneratorStep(self.model, self.D, stages, args.saturating, dtype), gpus)
+        self.G_step = self._parallel(steps[0], gpus)
         self.set_requires_grad(self.D_optimizer)
-        self.D_step = self._parallel(
-            DiscriminatorStep(self.D, self.model if args.fresh_fakes else None, stages, dtype), gpus)
+        self.D_step = self._parallel(steps[1], gpus)
         if rank() > 0:
             torch.manual_seed(args.seed + 15485863 * rank())        # each process drops out its own features
 
@@ -186,6 +203,10 @@ class Trainer:
         """The model that generates outside training: the average where there is one."""
         return self.average or self.model
 
+    @cached_property
+    def classifier_digest(self):
+        return digest(self.model.residue.classifier)        # of 94 MB, which do not change
+
     def state(self):
         """All that a bit-exact resume needs, but for C."""
         random = [(torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in self.gpus])]
@@ -203,13 +224,14 @@ class Trainer:
         finite (the files before are kept) or the disk is full.
         """
         if rank() == 0:
-            recalibrate_batchnorm(self.inference, split, self.args.batch_size, self.device, self.args.seed)
+            batches = split.batches(max(self.args.batch_size, 16), self.device, self.args.seed)
+            recalibrate_batchnorm(self.inference, batches)
         state = self.state()            # of all processes
         for name, tensor in itertools.chain(*(state[kind].items() for kind in ('model', 'average', 'D'))):
             if not tensor.isfinite().all():
                 raise InputError(f'{name} is not finite after step {self.steps}; {way_back(run)}')
         if rank() == 0:
-            C = dict(classifier=classifier, classifier_digest=digest(self.model.residue.classifier))
+            C = dict(classifier=classifier, classifier_digest=self.classifier_digest)
             save_file(dict(state, **C), run / 'checkpoint.pt')
             save_file(dict(C, model=state['average'] or state['model'], epoch=self.epoch, steps=self.steps),
                       run / 'model.pt')
@@ -218,11 +240,11 @@ class Trainer:
         """Go on from a checkpoint. Raises InputError, naming the file, where it does not fit."""
         state = load_file(path, epoch=int, step_in_epoch=int, steps=int, model=dict, average=dict, D=dict,
                           G_optimizer=dict, D_optimizer=dict, scaler=dict, random=list)
+        load_generators(self.model, state['model'], path)
+        if self.average:            # one that begins now begins with the weights
+            load_generators(self.average, state['average'] or state['model'], path)
+        load_state(self.D, state['D'], path)
         try:
-            load_generators(self.model, state['model'])
-            if self.average:            # one that begins now begins with the weights
-                load_generators(self.average, state['average'] or state['model'])
-            self.D.load_state_dict(state['D'])
             for optimizer, kept in (self.G_optimizer, state['G_optimizer']), (self.D_optimizer, state['D_optimizer']):
                 optimizer.load_state_dict(kept)
                 for p, moments in optimizer.state.items():
@@ -245,46 +267,15 @@ def generator_state(model):
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith('residue.')}
 
 
-def load_generators(model, state):
-    """Load what generator_state() gave. Raises RuntimeError where it is another network's."""
-    model.load_state_dict({**model.residue.state_dict(prefix='residue.'), **state})
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(model, split, batch_size, device, seed=0, pictures=256):
-    """Set the running statistics of G1's and G2's BatchNorm to those over some pictures of a split, without
-    dropout: at the paper's learning rate the weights outrun the running averages. Training does not read them.
-
-    Variances are over all pictures at once, so that small batches do not lose what lies between their means.
-    """
-    training, sums, done = model.training, {}, 0
-    norms = [norm for norm in model.train().modules()
-             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]      # C's are not
-
-    def note(norm, inputs):
-        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)                 # (C,)
-        moments = torch.stack([torch.ones_like(mean), mean, var + mean ** 2]).cpu().double()
-        sums[norm] = sums.get(norm, 0) + moments * (inputs[0].numel() // len(mean))         # (3, C)
-
-    model.eval()
-    hooks = [norm.train().register_forward_pre_hook(note) for norm in norms]
-    for lms, _, label in split.batches(max(batch_size, 16), device, seed):
-        model(lms, label)
-        done += len(label)
-        if done >= pictures:
-            break
-    for norm, hook in zip(norms, hooks):
-        hook.remove()
-        norm.num_batches_tracked.zero_()        # the same after every save, however many came before
-        n, total, squares = sums[norm]
-        norm.running_mean.copy_(total / n)
-        norm.running_var.copy_((squares - total ** 2 / n) / (n - 1))
-    model.train(training)
-
-
 def amp_mode(args, device):
     """What --amp stands for on this device: bf16 on a GPU that has it, off elsewhere."""
     return args.amp or ('bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported(False) else 'off')
+
+
+def set_precision(args, device):
+    """TF32 unless --amp off asks for float32; an evaluation before may have left it otherwise."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp_mode(args, device) != 'off'
 
 
 # ---------------------------------------------------------------------------------- nothing is lost
@@ -330,38 +321,6 @@ class Saver:
         self.end(number)
 
 
-# --------------------------------------------------------------------------------------- classifier
-
-def get_classifier(args, dataset, path, device, gpus, saver):
-    """C: the classifier in the file `path`, that of --classifier, or one trained now and kept in `path`.
-    Raises InputError where the file is of other classes, or ImageNet's weights cannot be had.
-    """
-    part, source = path.with_name('classifier-part.pt'), path if path.exists() else args.classifier
-    state = load_file(source) if source else {}
-    torch.manual_seed(args.seed)
-    if 'classifier' in state:
-        if state.get('classes') != dataset.classes:
-            raise InputError(f'{source}: a classifier of other classes than those of {args.data}')
-        classifier = Classifier(len(dataset.classes), pretrained=False)
-        load_state(classifier, state['classifier'], source)
-        print(f'classifier: {source}, accuracy {state["accuracy"]:.4f} on the validation frames')
-    else:
-        try:
-            classifier = Classifier(len(dataset.classes), pretrained=source or args.pretrained).to(device)
-        except Exception as error:
-            raise InputError(f"{source or 'the ImageNet weights of ResNet50'}: not to be had ({reason(error)}); give "
-                             "torchvision's resnet50-0676ba61.pth with --classifier FILE, or go without: "
-                             '--no-pretrained') from error
-        state = train_classifier(
-            classifier, dataset, epochs=args.classifier_epochs, lr=1e-4 if source or args.pretrained else 1e-3,
-            batch_size=args.classifier_batch_size, seed=args.seed, device=device, gpus=gpus, part=part,
-            check=lambda: saver.end(saver.signal))
-    if not path.exists():
-        save_file(state, path)
-    part.unlink(missing_ok=True)
-    return classifier.to(device)
-
-
 # --------------------------------------------------------------------------------------------- GAN
 
 def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
@@ -376,6 +335,11 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
         trainer.save(run, split, classifier)
         if grid and rank() == 0:
             draw_grid(example_pictures(trainer.inference, examples, trainer.device), grid)
+            seconds = time.monotonic() - start
+            args.made = {**args.made, 'since the last start': f'{duration(seconds)}, {seen / seconds:.1f} images/s',
+                         'machine': device_name(trainer.device), 'commit': commit()}
+            write_config(run, vars(args), classes=dataset.classes, lms_channels=dataset.lms_channels)
+            write_page(run)
 
     for epoch in range(trainer.epoch + 1, args.epochs + 1):
         trainer.set_epoch(epoch)
@@ -414,8 +378,24 @@ def flop_counter():
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)})
 
 
+def device_name(device):
+    """What the networks compute on, in words."""
+    return (torch.cuda.get_device_name(device) if device.type == 'cuda' else
+            f'{platform.machine()} CPU, {torch.get_num_threads()} threads')
+
+
+def commit():
+    """The commit of this code, or '' where it is in no repository."""
+    try:
+        return subprocess.run(['git', '-C', Path(__file__).parent, 'rev-parse', '--short', 'HEAD'], capture_output=True,
+                              text=True).stdout.strip()
+    except OSError:
+        return ''
+
+
 def benchmark(args, device, gpus):
     """Time --benchmark steps on random data; print images/s, arithmetic and peak memory."""
+    set_precision(args, device)
     trainer = Trainer(args, 13, 1, None, device, gpus)
     local = -(-args.batch_size // world_size())
     batch = (torch.rand(local, 1, args.size, args.size, device=device) * 2 - 1,
@@ -435,12 +415,9 @@ def benchmark(args, device, gpus):
             start = time.monotonic()
     losses.tolist()
     rate = args.benchmark * local * world_size() / (time.monotonic() - start)
-    if device.type == 'cuda':
-        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    else:
-        name, peak = f'CPU, {torch.get_num_threads()} threads', peak_memory()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else peak_memory()
     print(f'size {args.size}, base {args.base}, disc-base {args.disc_base}, batch {local * world_size()}, '
-          f'amp {amp_mode(args, device)}; {name}\n'
+          f'amp {amp_mode(args, device)}; {device_name(device)}\n'
           f'{rate:.2f} images/s, {work / 1e9:.1f} GFLOP per image: {rate * work / 1e12:.2f} TFLOP/s'
           + (f'; peak memory {peak / 1e9:.2f} GB' if peak else ''), flush=True)
 
@@ -491,8 +468,9 @@ def make_parser():
     add('--no-resident', dest='resident', action='store_false', help='leave the dataset on the disk, off the GPU')
 
     add = parser.add_argument_group('the model').add_argument
-    add('--variant', choices=VARIANTS, nargs='+', action=OneOrMore, default='E', metavar='V',
-        help='; '.join(f'{k}: {v}' for k, v in VARIANTS.items()) + '; several: a run each, below --out (default: E)')
+    add('--variant', choices=(*VARIANTS, *BASELINES, 'all'), nargs='+', action=OneOrMore, default='E', metavar='V',
+        help='; '.join(f'{k}: {v}' for k, v in VARIANTS.items()) + "; S2IC, CMCGAN: Table 2's others, with an Adam, a "
+        'start and losses of their own; several, or all: a run each, below --out (default: E)')
     add('--size', type=number(int, 32, lambda n: n & (n - 1) == 0, 'a power of two'), default=256, metavar='N',
         help='side of the pictures (default: 256)')
     add('--base', type=number(int, 1), default=64, metavar='N', help="the U-Nets' first width (default: 64)")
@@ -506,7 +484,7 @@ def make_parser():
     add('--epochs', type=number(int, 1), default=200, metavar='N', help='of G1, G2 and D (default: 200)')
     add('--lr', type=number(float, 0.0), default=0.0008, metavar='X', help='learning rate of Adam (default: 0.0008)')
     add('--lr-decay-epochs', type=number(int, 0), metavar='N',
-        help='linear to zero over the last N epochs (default: 0, constant; small, demo: a third)')
+        help='linear to zero over the last N epochs (default: 0, constant; small, demo: half)')
     add('--betas', type=number(float, 0.0), nargs=2, default=[0.9, 0.999], metavar='X', help='(default: 0.9 0.999)')
     add('--ema', type=number(int, 0), default=0, metavar='N',
         help='generate with an average of the weights whose half-life is N images (default: 0, none)')
@@ -522,59 +500,76 @@ def make_parser():
         "torchvision's resnet50-0676ba61.pth, to start from (default: downloaded once)")
     add('--no-pretrained', dest='pretrained', action='store_false', help='start C without the ImageNet weights')
     add('--classifier-epochs', type=number(int, 1), default=20, metavar='N',
-        help='at most: it ends once 99.56 %% of a held-out tenth of train are recognised (default: 20)')
+        help='the best by a held-out tenth of train counts (default: 20)')
     add('--classifier-batch-size', type=number(int, 2), default=32, metavar='N', help='(default: 32)')
     return parser
 
 
 def parse_args(argv=None):
-    """The settings: flags given, else those of the run to resume, else the preset's, else the paper's.
-    Raises InputError where flags would change the model of a resumed run.
+    """The settings of each run that is asked for, one for each variant and seed: flags given, else those of the run
+    to resume, else a baseline's own, else the preset's, else the paper's. Raises InputError where flags would change
+    the model of a resumed run, or a baseline has no such choice.
     """
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume:
-        config = load_config(args.resume)
-        parser.set_defaults(**{name: config[name] for name in vars(args)
-                               if name in config and name not in ('resume', 'device', 'benchmark')})
-        args = parser.parse_args(argv)
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in given.items() if value is not None}         # the flags that were typed
+    variants, seeds = (list(dict.fromkeys(x if isinstance(x, list) else [x]))
+                       for x in (given.get('variant', 'E'), given.get('seed', 0)))
+    variants = [*VARIANTS, *BASELINES] if 'all' in variants else variants
+    group = len(variants) * len(seeds) > 1          # which shares C
+    if group and ('benchmark' in given or 'resume' in given or 'out' not in given):
+        raise InputError('several runs: --out is needed, and neither --benchmark nor --resume goes with them; the '
+                         'same command again goes on with those that are not done')
+    if 'resume' in given:
+        config = load_config(given['resume'])
+        kept = config.keys() & {*defaults, 'group', 'made'} - {'resume', 'device', 'benchmark'}
+        settings = {**defaults, 'group': False, 'made': {}, **{name: config[name] for name in kept}, **given}
         for name in MODEL_SETTINGS:
-            if getattr(args, name) != config[name]:
-                raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)}: {args.resume} was trained with '
+            if settings[name] != config[name]:
+                raise InputError(f'--{name.replace("_", "-")} {settings[name]}: {given["resume"]} was trained with '
                                  f'{config[name]}; leave the flag out, or start a run of its own')
-    else:
-        preset = args.preset or ('paper' if args.data or args.benchmark else 'demo')
-        paper = {'lr_decay_epochs': 0, **{name: parser.get_default(name) for name in PRESETS[preset]}}
-        parser.set_defaults(preset=preset, **PRESETS[preset])
-        args = parser.parse_args(argv)
-        if args.lr_decay_epochs is None:
-            args.lr_decay_epochs = 0 if preset == 'paper' else args.epochs // 3
-        if not args.data and not args.benchmark:
-            print("no --data: the built-in demo data; the paper's run: python train.py --data Sub-URMP")
-        if preset != 'paper':
-            print(f'preset {preset}: ' + ', '.join(f'{name} {getattr(args, name)} (paper {value})'
-                                                   for name, value in paper.items()), end='\n\n')
-    args.group = bool(args.resume) and config.get('group', False)       # whether the run shares C with others
-    return args
+        variants = [settings['variant']]
+    for name in given.keys() & {'dropout', 'saturating', 'fresh_fakes'} if {*variants} & {*BASELINES} else ():
+        raise InputError(f'--{name.replace("_", "-")}: S2IC and CMCGAN have no such choice; leave the flag out, or '
+                         'train them by a command of their own')
+    if 'resume' in given:
+        return [argparse.Namespace(**settings)]
+
+    preset = given.get('preset') or ('paper' if 'data' in given or 'benchmark' in given else 'demo')
+    if 'data' not in given and 'benchmark' not in given:
+        print("no --data: the built-in demo data; the paper's run: python train.py --data Sub-URMP")
+    found = []
+    for variant in variants:
+        own = PRESETS[preset]
+        if variant in BASELINES:
+            own = own | SETTINGS | ({'epochs': EPOCHS[variant]} if preset == 'paper' else {})
+        settings = {**defaults, **own, **given, 'preset': preset, 'variant': variant, 'group': group, 'made': {
+            'command': shlex.join(['python', 'train.py', *(sys.argv[1:] if argv is None else argv)])}}
+        if settings['lr_decay_epochs'] is None:
+            settings['lr_decay_epochs'] = 0 if preset == 'paper' else settings['epochs'] // 2
+        if own and (variant in BASELINES or not {*variants[:variants.index(variant)]} - {*BASELINES}):
+            print(f'model {variant}, preset {preset}: ' + ', '.join(
+                f'{name} {settings[name]} (paper {defaults[name] or 0})' for name in ('lr_decay_epochs', *own)))
+        found += [argparse.Namespace(**dict(settings, seed=seed)) for seed in seeds]
+    return found
 
 
-def plan_runs(args):
-    """The runs that a command asks for, [(args, folder)]: one, or one for each variant and seed below --out.
-    Raises InputError where one that is there has other settings.
+def plan_runs(found):
+    """The runs of parse_args(), [(settings, folder)]; one that is there goes on. Raises InputError where one that is
+    there has other settings.
     """
-    if not (isinstance(args.variant, list) or isinstance(args.seed, list)):
+    if not found[0].group or found[0].resume:
+        args = found[0]
         name = Path(args.data).resolve().name if args.data else 'demo'
         return [(args, Path(args.resume or args.out
                             or f'runs/{name}-{args.variant}-{time.strftime("%Y%m%d-%H%M%S")}'))]
-    if args.benchmark or args.resume or not args.out:
-        raise InputError('several runs: --out is needed, and neither --benchmark nor --resume goes with them; the '
-                         'same command again goes on with those that are not done')
     plan = []
-    for variant, seed in itertools.product(*(x if isinstance(x, list) else [x] for x in (args.variant, args.seed))):
-        run = Path(args.out, f'{variant}-seed-{seed}')
-        settings = argparse.Namespace(**dict(vars(args), variant=variant, seed=seed, group=True))
+    for settings in found:
+        run = Path(settings.out, f'{settings.variant}-seed-{settings.seed}')
         if (run / 'config.json').exists():      # go on, with the same settings alone
             settings.resume, config = str(run), load_config(run)
+            settings.made = config.setdefault('made', {})       # it may be the same command in other words
             for name, value in vars(settings).items():
                 if name in ('data', 'cache') and value:
                     value = str(Path(value).resolve())
@@ -587,6 +582,7 @@ def plan_runs(args):
 
 def train(args, run, device, gpus, again):
     """A run from its data to its figures; `again` is the command that goes on."""
+    set_precision(args, device)
     data = rank0_first(lambda: args.data or demo_data(args.size, args.cache), local=True)
     dataset = rank0_first(lambda: open_dataset(data, args.size, args.cache, workers=args.workers), local=True)
     if len(dataset.classes) < 2:
@@ -599,12 +595,16 @@ def train(args, run, device, gpus, again):
           + (f'GPUs {gpus}' if len(gpus) > 1 else str(device)), flush=True)
     path = (run.parent if args.group else run) / 'classifier.pt'        # the runs of a group share C
     advice = f'--classifier-batch-size {args.classifier_batch_size} must be lower'
+    audio = None
+    if args.variant == 'S2IC':
+        audio, _ = rank0_first(lambda: get_audio_classifier(dataset, device), local=True)
     try:
         with Saver(args.save_minutes, again) as saver:
-            classifier = rank0_first(lambda: get_classifier(args, dataset, path, device, gpus, saver))
+            classifier = rank0_first(lambda: get_classifier(args, dataset, path, device, gpus,
+                                                            lambda: saver.end(saver.signal)))
             advice = (f'--batch-size {args.batch_size} must be lower, or the same batch in more micro-batches: '
                       f'--accumulate {2 * args.accumulate}')
-            trainer = Trainer(args, len(dataset.classes), dataset.lms_channels, classifier, device, gpus)
+            trainer = Trainer(args, len(dataset.classes), dataset.lms_channels, classifier, device, gpus, audio)
             if os.path.lexists(run / 'checkpoint.pt'):       # a broken link is no reason to start again
                 trainer.load(run / 'checkpoint.pt')
                 print(f'resumed after {trainer.epoch} of {args.epochs} epochs and {trainer.step_in_epoch} steps')
@@ -614,30 +614,33 @@ def train(args, run, device, gpus, again):
         raise InputError(f'the memory of {device} is too small: {advice}' + (
             f'; --no-resident frees the {resident / 1e9:.1f} GB of the dataset' if resident else '')) from error
     if rank() == 0:
-        print_report(run, config, evaluate_run(run, config, trainer.inference, dataset, device,
-                                               trained=dict(epoch=trainer.epoch, steps=trainer.steps)))
+        print(report_text(run, config, evaluate_run(run, config, trainer.inference, dataset, device,
+                                                    trained=dict(epoch=trainer.epoch, steps=trainer.steps))))
+        write_page(run)
+        print(f'its page: {run / "report.html"}', flush=True)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    found = parse_args(argv)
+    args = found[0]
     with distributed(args):
         device = choose_device(args.device)
         gpus = list(range(torch.cuda.device_count())) if args.device in (None, 'cuda') else []
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp_mode(args, device) != 'off'
-        plan = broadcast(plan_runs(args) if rank() == 0 else None)
         if args.benchmark:
             return benchmark(args, device, gpus)
-        for i, (settings, run) in enumerate(plan, 1):
+        plan = broadcast(plan_runs(found) if rank() == 0 else None)
+        left = broadcast([(settings, run) for settings, run in plan if not (run / 'metrics.json').exists()])
+        begun = time.monotonic()
+        for done, (settings, run) in enumerate(left if len(plan) > 1 else plan):
             if len(plan) > 1:
-                print(f'\nrun {i} of {len(plan)}: {run}' + (' is done' if (run / 'metrics.json').exists() else ''))
-                if broadcast((run / 'metrics.json').exists()):
-                    continue
+                seconds = (time.monotonic() - begun) / max(1, done) * (len(left) - done)
+                print(f'\nrun {len(plan) - len(left) + done + 1} of {len(plan)}: {run}'
+                      + (f'; all will be done in about {duration(seconds)}' if done else ''))
             again = f'python train.py --resume {run}' if len(plan) == 1 else 'the same command'
             with open_run(run, vars(settings)) if rank() == 0 else nullcontext():
                 train(settings, run, device, gpus, again)
-        if len(plan) > 1:
-            print(f'\nthe runs side by side: python evaluate.py {args.out}')
+        if len(plan) > 1 and rank() == 0:
+            compare_runs([run for _, run in plan], args.out)
 
 
 if __name__ == '__main__':
