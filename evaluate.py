@@ -28,10 +28,10 @@ from torch import nn
 from baselines import BASELINES, AudioClassifier
 from cargan import CARGAN, VARIANTS, Classifier
 from demo import demo_data
-from preprocess import (as_saved, draw_grid, example_clips, example_pictures, hold_out, open_dataset, picture,
-                        random_frames, read_wav, recording_lms)
-from report import (RECORDING_ENDINGS, failure_grid, generate_recording, paper_figures, paper_tables, report_text,
-                    save_recording, write_folder_page, write_page)
+from preprocess import (as_saved, draw_grid, example_clips, example_pictures, generate_recording, hold_out,
+                        open_dataset, picture, random_frames, read_wav, recording_lms)
+from report import (RECORDING_ENDINGS, failure_grid, paper_figures, paper_tables, report_text, save_recording,
+                    write_folder_page, write_page)
 from runs import (InputError, Progress, choose_device, default_cache, load_config, load_file, load_state, reason,
                   run_command, save_file, writing, written_whole)
 

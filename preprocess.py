@@ -469,6 +469,15 @@ def example_pictures(model, examples, device='cpu', nearest=None):
     return rows
 
 
+@torch.inference_mode()
+def generate_recording(model, classes, waveform, sample_rate, label, size, device='cpu', hop=0.5):
+    """I'' every `hop` seconds of a recording (n,) in [-1, 1], as [(seconds, picture)]: each hears the half second from
+    its moment on, and silence after the end.
+    """
+    lms, label = recording_lms(waveform, sample_rate, size, hop), torch.tensor([classes.index(label)], device=device)
+    return [(i * hop, picture(model(part.to(device), label)[1][0])) for i, part in enumerate(lms.split(1))]
+
+
 # ----------------------------------------------------------------------------------------- command
 
 def main(argv=None):

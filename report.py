@@ -4,7 +4,6 @@ import os
 from base64 import b64encode
 from html import escape
 from io import BytesIO
-from itertools import zip_longest
 from math import ceil, floor, isfinite, sqrt
 from pathlib import Path
 from statistics import mean, stdev, variance
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from cargan import VARIANTS
-from preprocess import draw_grid, example_pictures, picture, recording_lms
+from preprocess import draw_grid, example_pictures
 from runs import InputError, load_config, rank, world_size, written_whole
 
 FIGURES = {'fid': -1, 'kid': -1, 'is': 1, 'fid_independent': -1, 'kid_independent': -1, 'is_independent': 1,
@@ -28,9 +27,10 @@ PAPER = {       # of I'' by the models A to E, and of the real frames; Table 1 d
     ('validation', 'accuracy'): {'S2IC': 0.7556, 'CMCGAN': 0.7661, 'E': 0.9033, 'real': 0.9956},
 }
 PARTS = {       # what each model lacks, and what the text says that E gains by it in fid and is, in %
-    'A': ('attention',), 'B': ('the classification loss L_C', 27.51, 22.39), 'C': ('the residue module', 36.66, 103.01),
-    'D': ('stage II', 21.67, 13.01)}
+    'A': ('attention', None, None), 'B': ('the classification loss L_C', 27.51, 22.39),
+    'C': ('the residue module', 36.66, 103.01), 'D': ('stage II', 21.67, 13.01)}
 METHODS = ('S2IC', 'CMCGAN', 'E')       # Table 2
+LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), L1, D's side of Eq. (5)
 RECORDING_ENDINGS = ('.png', '.gif')        # what save_recording() writes
 NEAR_SILENT = -40.0     # dB of Split.loudness: what plays in the demo data is above -15, its rests are below -50
 
@@ -53,26 +53,19 @@ def values(runs, split, kind, figure):
 def cell(runs, split, kind, figure):
     """A figure as text: of several runs mean +- deviation, of one the deviation over its splits where it has some."""
     found = values(runs, split, kind, figure)
-    if not found:
-        return '-'
-    spread = stdev(found) if len(found) > 1 else runs[0][split][kind].get(f'{figure}_std')
-    return f'{mean(found):.4f}' + (f' +- {spread:.4f}' if spread is not None else '')
-
-
-def paper(split, figure, model):
-    """What the paper has of a model (A to E, S2IC, CMCGAN, real), as text."""
-    return '{:.4f}'.format(PAPER[split, figure][model]) if model in PAPER.get((split, figure), ()) else '-'
+    spread = stdev(found) if len(found) > 1 else found and runs[0][split][kind].get(f'{figure}_std')
+    return (f'{mean(found):.4f}' if found else '-') + (f' +- {spread:.4f}' if isinstance(spread, float) else '')
 
 
 def table(columns, split):
-    """All figures of a split. `columns` is {title: (runs, kind, model)}: the metrics of runs that differ in their seed,
-    the kind of picture that the column shows, and under which model the paper has it, whose figure stands below ours.
+    """All figures of a split for {title: (runs, kind, model)}: the metrics of runs that differ in their seed, the kind
+    of picture, and under which model the paper has it, whose figure stands below ours.
     """
     rows = [[split, *columns]]
     for figure in FIGURES:
         rows.append([figure, *(cell(runs, split, kind, figure) for runs, kind, _ in columns.values())])
         if (split, figure) in PAPER:
-            rows.append([f'{figure}, paper', *(paper(split, figure, model) for *_, model in columns.values())])
+            rows.append([f'{figure}, paper', *(str(PAPER[split, figure].get(x, '-')) for *_, x in columns.values())])
     return markdown(rows)
 
 
@@ -83,10 +76,10 @@ def controls(metrics):
 
 def about(metrics):
     """What to know of the figures beside them."""
-    few = min(metrics['pictures'].values()) < 2048
     return ('-: not computed; fid and kid need 2 pictures in both splits, is needs 100. Real frames: their fid and kid '
             'are to the other split; random frame: a train frame of the class; mean frame: the mean train frame of the '
-            'class.' + few * ' fid and is of fewer than 2,048 pictures are not comparable with published figures.')
+            'class.' + ' fid and is of fewer than 2,048 pictures are not comparable with published figures.' * (
+                min(metrics['pictures'].values()) < 2048))
 
 
 def report_text(run, config, metrics):
@@ -94,7 +87,6 @@ def report_text(run, config, metrics):
     fine, failures = metrics['validation']['fine'], metrics['validation']['failures']
     columns = {"I' coarse": ([metrics], 'coarse', None), "I'' fine": ([metrics], 'fine', config['variant'])}
     worst = sorted(fine['classes'].items(), key=lambda item: (item[1]['accuracy_independent'], -item[1]['l1']))
-    silent = ', near-silent are {near_silent_wrong} of these and {near_silent} of all'
     return '\n\n'.join([
         f'{run}, model {config["variant"]} after epoch {metrics.get("epoch")}: {on_what(metrics)}',
         *(table(columns | controls(metrics), split) for split in metrics['pictures']), about(metrics),
@@ -103,7 +95,8 @@ def report_text(run, config, metrics):
             for name, found in worst[:3]),
         f"the independent classifier, accuracy {metrics['independent_accuracy']:.4f} on validation, mistakes "
         f"{failures['wrong']} of {failures['clips']} I'' of validation"
-        + (silent.format(**failures) if 'near_silent' in failures else ''),
+        + (', near-silent are {near_silent_wrong} of these and {near_silent} of all'.format(**failures)
+           if 'near_silent' in failures else ''),
         f'in {run}: metrics.json, grid.png' + ', failures.png' * bool(failures['wrong'])
         + ', report.html' * Path(run, 'config.json').exists()])
 
@@ -115,26 +108,26 @@ def on_what(metrics):
 
 
 def verdict(ours, theirs, better):
-    """Whether ours are better than theirs, two samples of a figure of which 1 is more, -1 less is better: 'confirmed'
-    or 'reversed' where the means differ by more than two standard errors of their difference, else 'undecided'.
+    """Whether our sample of a figure is better than theirs (1: more is, -1: less): 'confirmed' or 'reversed' where the
+    means differ by more than two standard errors of their difference, else 'undecided'.
     """
     if min(len(ours), len(theirs)) < 2:
         return 'undecided'
-    error = sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
+    two_errors = 2 * sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
     ahead = (mean(ours) - mean(theirs)) * better
-    return 'confirmed' if ahead > 2 * error else 'reversed' if ahead < -2 * error else 'undecided'
+    return 'confirmed' if ahead > two_errors else 'reversed' if ahead < -two_errors else 'undecided'
 
 
 def claims(models):
-    """A sentence on each of the paper's five claims, with E's improvement in per cent beside the text's, from {model:
-    the metrics of each of its seeds}; those of models that are not there are left out.
+    """A sentence on each of the paper's five claims whose models are there, with E's improvement in per cent beside the
+    text's, from {model: the metrics of each of its seeds}.
     """
     def seeds(model, figure):
         return values(models[model], 'validation', 'fine', figure)
 
-    def judge(model, what, figures, gains=()):
+    def judge(model, what, figures, gains):
         found = []
-        for figure, gain in zip_longest(figures, gains):
+        for figure, gain in zip(figures, gains):
             better, shown = FIGURES[figure], [cell(models[x], 'validation', 'fine', figure) for x in ('E', model)]
             text = f'{verdict(seeds("E", figure), seeds(model, figure), better)} by {figure} ({" against ".join(shown)}'
             if gain and '-' not in shown:
@@ -148,14 +141,13 @@ def claims(models):
                  for model, (part, *gains) in PARTS.items() if model in models]
     if rivals := [model for model in METHODS[:2] if model in models]:
         best = max(rivals, key=lambda model: mean(seeds(model, 'accuracy_independent')))
-        sentences.append(judge(best, 'the better baseline', ('accuracy', 'accuracy_independent')))
+        sentences.append(judge(best, 'the better baseline', ('accuracy', 'accuracy_independent'), (None, None)))
     return '\n'.join(sentences)
 
 
 def paper_tables(columns, folder):
-    """Tables 1 and 2, the text's improvements and a verdict on each of the paper's claims, from `columns`, {title:
-    (model, the metrics of each of its seeds)}, written to tables.md and tables.json in `folder`. Returns the text.
-    Where a model has two columns, its claims are about the first.
+    """Write tables.md and tables.json, Tables 1 and 2 and the claims, from {title: (model, the metrics of each of its
+    seeds)}, to a folder. Returns the text. Where a model has two columns, its claims are about the first.
     """
     metrics, models = next(iter(columns.values()))[1][0], {}
     for model, runs in columns.values():
@@ -168,7 +160,7 @@ def paper_tables(columns, folder):
     heads = [(split, figure) for figure in ('accuracy', 'accuracy_independent') for split in metrics['pictures']]
     table2 = [['', *(f'{figure}, {split}' for split, figure in heads), 'paper, train', 'paper, test']]
     table2 += [[title, *(cell(runs, split, kind, figure) for split, figure in heads),
-                *(paper(split, 'accuracy', model) for split in metrics['pictures'])]
+                *(str(PAPER[split, 'accuracy'].get(model, '-')) for split in metrics['pictures'])]
                for title, (runs, kind, model) in (methods | controls(metrics)).items()]
     text = [f'# {on_what(metrics)}',
             'Mean +- deviation, seeds: ' + ', '.join(f'{title} {len(runs)}' for title, (_, runs) in columns.items()),
@@ -184,11 +176,11 @@ def paper_tables(columns, folder):
                  f'{other}, with its own {own}.',
                  "## The paper's claims", 'Confirmed or reversed: the means differ by more than two standard errors of '
                  'their difference.', claims(models)]
-    found = {title: dict(model=model, metrics=runs) for title, (model, runs) in columns.items()}
-    for name, content in (('tables.md', '\n\n'.join(text) + '\n'), ('tables.json', json.dumps(found, indent=1) + '\n')):
+    text, kept = '\n\n'.join(text), {title: dict(zip(('model', 'metrics'), found)) for title, found in columns.items()}
+    for name, content in ('tables.md', text), ('tables.json', json.dumps(kept, indent=1)):
         with written_whole(Path(folder, name)) as part:
-            part.write_text(content)
-    return '\n\n'.join(text)
+            part.write_text(content + '\n')
+    return text
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -220,20 +212,9 @@ def paper_figures(shown, folder):
         columns = {title + suffix: (rows, stage) for title, (model, rows) in shown.items() if model in models
                    for suffix, stage in stages.items()}
         if columns:
-            (first, _), *_ = columns.values()
-            draw_grid([(clip, {'LMS': images['LMS'], **{title: rows[i][1][stage]
-                                                        for title, (rows, stage) in columns.items()},
-                               'truth': images['truth']}) for i, (clip, images) in enumerate(first)],
-                      Path(folder, f'figure{number}.png'))
-
-
-@torch.inference_mode()
-def generate_recording(model, classes, waveform, sample_rate, label, size, device='cpu', hop=0.5):
-    """I'' every `hop` seconds of a recording (n,) in [-1, 1], as [(seconds, picture)]: each hears the half second from
-    its moment on, and silence after the end.
-    """
-    lms, label = recording_lms(waveform, sample_rate, size, hop), torch.tensor([classes.index(label)], device=device)
-    return [(i * hop, picture(model(part.to(device), label)[1][0])) for i, part in enumerate(lms.split(1))]
+            rows = [(clip, {'LMS': own['LMS'], **{title: rows[i][1][stage] for title, (rows, stage) in columns.items()},
+                            'truth': own['truth']}) for i, (clip, own) in enumerate(next(iter(columns.values()))[0])]
+            draw_grid(rows, Path(folder, f'figure{number}.png'))
 
 
 def save_recording(frames, path, hop=0.5):
@@ -247,16 +228,14 @@ def save_recording(frames, path, hop=0.5):
                           duration=[end - start for start, end in zip(ends, ends[1:])])
 
 
-# ----------------------------------------------------------------------------------------- the log
-
-LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), L1, D's side of Eq. (5)
-
+# ------------------------------------------------------------------------------- a run's log and page
 
 class Log:
-    """log.csv: a row a step. Losses stay on the device until they are written, every 100 steps."""
+    """log.csv of a run that has made `steps` steps, a row a step; those beyond its last checkpoint are made again.
+    Losses stay on the device until they are written, every 100 steps.
+    """
 
     def __init__(self, path, steps):
-        """Open the log of a run that has made `steps` steps; rows beyond its last checkpoint are made again."""
         self.path, self.rows = path, []
         if rank() == 0:
             rows = path.read_text(errors='replace').splitlines() if steps and path.exists() else []
@@ -294,12 +273,10 @@ class Log:
 
 def way_back(run):
     """What to do after a value that is not finite, as an error line ends."""
-    checkpoint = run / 'checkpoint.pt'
-    kept = f'{checkpoint} is still the last good checkpoint' if checkpoint.exists() else 'there is no checkpoint yet'
+    path = run / 'checkpoint.pt'
+    kept = f'{path} is still the last good checkpoint' if path.exists() else 'there is no checkpoint yet'
     return f'{kept}: go on with --resume and a lower --lr, or --amp off'
 
-
-# --------------------------------------------------------------------------------------- a run's page
 
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -332,8 +309,8 @@ def read_log(path):
 
 
 def draw_losses(log, path):
-    """Draw each of LOSSES over the epochs: faint the losses but for the outermost hundredth, bold their mean over a
-    25th of the steps. Writes all as one PNG and returns an SVG of each; of an empty log none.
+    """Draw LOSSES over the epochs: faint each but for the outermost hundredth, bold the mean over a 25th of the steps;
+    all as one PNG. Returns an SVG of each; of an empty log none.
     """
     x, losses = read_log(log)
     if not len(x):
@@ -399,16 +376,12 @@ def write_folder_page(folder, text):
 
 
 def write_page(run):
-    """Write report.html and curves.png of a run (a Path) from what is in it so far. Of 'made' in config.json, {name:
-    text}, where it is there, the command stands at the top, the rest at the end. Raises InputError where it is no run.
-    """
+    """Write report.html and curves.png of a run (a Path) from what is in it so far. Raises InputError if it is none."""
     config, path = load_config(run), run / 'metrics.json'
     made, metrics = config.get('made', {}), json.loads(path.read_text()) if path.exists() else {}
     samples = sorted((int(path.stem[6:]), path) for path in run.glob('samples/epoch-*.png') if path.stem[6:].isdigit())
     done = metrics.get('epoch', 0) >= config['epochs']
     epoch, grid = (metrics['epoch'], run / 'grid.png') if done else (samples or [(0, run / 'none yet')])[-1]
-    eight = samples[::ceil(len(samples) / 8) or 1]
-    facts = {name: text for name, text in (made | metrics.get('versions', {})).items() if text and name != 'command'}
     write_html(run / 'report.html', f'{run.resolve().name}, epoch {epoch} of {config["epochs"]}', [
         text_html(f'Model {config["variant"]}, {VARIANTS.get(config["variant"], "a baseline")}, on '
                   f'{config["data"] or "demo data"}, {config["size"]} pixels, preset {config.get("preset")}'),
@@ -417,8 +390,9 @@ def write_page(run):
         text_html(report_text(run, config, metrics)) if metrics else '',
         '<h2>Losses: faint each step, bold their mean</h2><div class="row">',
         *draw_losses(run / 'log.csv', run / 'curves.png'),
-        f'</div><details><summary>{len(eight)} of {len(samples)} samples over time</summary><div class="row">',
-        *(image_html(path, f'epoch {number}', 220_000) for number, path in eight), '</div></details>',
-        image_html(run / 'failures.png', "Failures: I'' that the independent classifier mistook"),
-        text_html('## Machine\n\n' + '\n'.join(f'{name}: {text}' for name, text in facts.items()))],
+        f'</div><details><summary>Of {len(samples)}, eight samples over time</summary><div class="row">',
+        *(image_html(path, f'epoch {i}', 220_000) for i, path in samples[::ceil(len(samples) / 8) or 1]),
+        '</div></details>', image_html(run / 'failures.png', "Failures: I'' that the independent classifier mistook"),
+        text_html('## Machine\n\n' + '\n'.join(f'{name}: {text}' for name, text in (made | metrics.get(
+            'versions', {})).items() if text and name != 'command'))],
         '' if done else '<meta http-equiv="refresh" content="30">')

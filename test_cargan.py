@@ -3114,7 +3114,7 @@ def test_a_recording_is_heard_every_hop():
         return None, lms.mean().expand(1, 3, 32, 32), None
 
     def heard(wave, rate=22050, hop=0.5):
-        frames = report.generate_recording(ear, ['a', 'b'], wave, rate, 'b', 32, hop=hop)
+        frames = preprocess.generate_recording(ear, ['a', 'b'], wave, rate, 'b', 32, hop=hop)
         np.testing.assert_allclose([seconds for seconds, _ in frames], hop * np.arange(len(frames)))
         return [image.getpixel((0, 0))[0] for _, image in frames]
 
