@@ -374,7 +374,8 @@ def figures(rows, split, real, classes=()):
     """The figures of one kind of picture, for metrics.json, from its rows and those of the real frames it is compared
     with; with `classes` two of each class as well. What needs more pictures is None: fid and kid want 2, is 100.
     """
-    found, right = {}, (rows['probabilities_independent'].argmax(dim=1) == split.labels).double()
+    found, seen = {}, rows['probabilities_independent'].argmax(dim=1)
+    right = (seen == split.labels).double()
     for space in ('', '_independent'):
         if f'features{space}' in rows:
             sets = rows[f'features{space}'], real[f'features{space}']
@@ -387,7 +388,6 @@ def figures(rows, split, real, classes=()):
         found['accuracy'] = (rows['predictions'] == split.labels).double().mean().item()
     found['accuracy_independent'] = right.mean().item()
     if 'given' in rows:
-        seen = rows['probabilities_independent'].argmax(dim=1)
         found['accuracy_given'] = (seen == rows['given']).double().mean().item()
     found['l1'] = rows['l1'].mean().item()
     if classes:

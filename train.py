@@ -336,8 +336,7 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
         if grid and rank() == 0:
             draw_grid(example_pictures(trainer.inference, examples, trainer.device), grid)
             seconds = time.monotonic() - start
-            args.made = {**args.made, 'since the last start': f'{duration(seconds)}, {seen / seconds:.1f} images/s',
-                         'machine': device_name(trainer.device), 'commit': commit()}
+            args.made['since the last start'] = f'{duration(seconds)}, {seen / seconds:.1f} images/s'
             write_config(run, vars(args), classes=dataset.classes, lms_channels=dataset.lms_channels)
             write_page(run)
 
@@ -588,6 +587,7 @@ def train(args, run, device, gpus, again):
     if len(dataset.classes) < 2:
         raise InputError(f'{data}: only one class, {dataset.classes[0]}: a classifier needs at least two')
     if rank() == 0:
+        args.made = {**args.made, 'machine': device_name(device), 'commit': commit()}
         config = write_config(run, vars(args), classes=dataset.classes, lms_channels=dataset.lms_channels)
     print(f'run {run}: {len(dataset.train)} pairs in train, {len(dataset.validation)} in validation, '
           f'{len(dataset.classes)} classes; on '
