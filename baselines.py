@@ -71,19 +71,26 @@ class PairDiscriminator(nn.Module):
         return self.head(torch.cat([self.image(image), sound], dim=1)).float().flatten()        # (B,)
 
 
-class Noise(nn.Module):
-    """z ~ N(0, I), (B, 10): in training by torch's global generator, which checkpoints keep; in eval mode by one of its
-    own, seeded with 0 at each eval(), so that the same calls give the same images.
+class Baseline(nn.Module):
+    """Called as CARGAN is: forward(lms (B, C_a, S, S), label) -> (image, image, C(image)), one image twice as model D's;
+    the label is not used. Raises as widths().
     """
 
     def train(self, mode=True):
         self.generator = torch.Generator().manual_seed(0)
         return super().train(mode)
 
-    def forward(self, lms):
+    def noise(self, lms):
+        """z ~ N(0, I), (B, 10): in training by torch's global generator, which checkpoints keep; in eval mode by one
+        that starts from seed 0 at each eval(), so that the same calls give the same images.
+        """
         if self.training:
             return torch.randn(len(lms), NOISE, device=lms.device)
         return torch.randn(len(lms), NOISE, generator=self.generator).to(lms.device)
+
+    def forward(self, lms, label=None):
+        image = self.generate(lms)
+        return image, image, self.residue.classifier(image)
 
 
 def mismatch(label):
@@ -125,14 +132,12 @@ def phi():
     return nn.Sequential(nn.Linear(FEATURES, PHI), nn.LeakyReLU(0.2), nn.Unflatten(1, (PHI, 1, 1)))
 
 
-class S2IC(nn.Module):
-    """S2I-C: forward(lms (B, C_a, S, S), label) -> (image, image, C(image)), one image twice as model D's; the label is
-    not used. `audio`, untrained where it is not given, is frozen and stays in eval mode [choice]. Raises as widths().
-    """
+class S2IC(Baseline):
+    """S2I-C. `audio`, untrained where it is not given, is frozen and stays in eval mode [choice]."""
 
     def __init__(self, num_classes, size=64, base=64, lms_channels=1, classifier=None, audio=None, init_std=0.02):
         super().__init__()
-        self.phi, self.G, self.noise = phi(), Decoder(PHI, 3, size, base, vector=True), Noise()
+        self.phi, self.G = phi(), Decoder(PHI, 3, size, base, vector=True)
         init_weights(self, init_std)
         self.audio = (audio or AudioClassifier(num_classes, size, lms_channels)).requires_grad_(False)
         self.residue = ResidueModule(classifier or Classifier(num_classes, pretrained=False))
@@ -146,10 +151,6 @@ class S2IC(nn.Module):
     def generate(self, lms, z=None):
         """LMS (B, C_a, S, S) and z (B, 10), drawn where it is not given -> images (B, 3, S, S)."""
         return self.G(self.phi(self.audio.features(lms)), self.noise(lms) if z is None else z)
-
-    def forward(self, lms, label=None):
-        image = self.generate(lms)
-        return image, image, self.residue.classifier(image)
 
     def generator_terms(self, D, lms, image):
         """L_G, L_Cons (it has none: 0) and the fakes."""
@@ -178,9 +179,9 @@ def s2ic_discriminator_loss(real, wrong, fake, valid):
 
 # ------------------------------------------------------------------------------------------ CMCGAN
 
-class CMCGAN(nn.Module):
-    """Two encoders and two decoders in four cycles: forward(lms (B, C_a, S, S), label) -> (FR_Image, F_Image,
-    C(FR_Image)), from the sound with one z; the label is not used. F_Image is the result [choice]. Raises as widths().
+class CMCGAN(Baseline):
+    """Two encoders and two decoders in four cycles. The result is F_Image [choice]: each network comes once on its way,
+    so that the running statistics of BatchNorm are that way's own, while FR_Image passes E_A twice.
     """
 
     def __init__(self, num_classes, size=64, base=64, lms_channels=1, classifier=None, init_std=0.02):
@@ -189,17 +190,11 @@ class CMCGAN(nn.Module):
         self.E_A, self.E_V = encoder(lms_channels, size, base), encoder(3, size, base)
         self.D_A, self.D_V = Decoder(width, lms_channels, size, base), Decoder(width, 3, size, base)
         init_weights(self, init_std)
-        self.noise = Noise()
         self.residue = ResidueModule(classifier or Classifier(num_classes, pretrained=False))
 
     def generate(self, lms, z=None):
         """F_Image: LMS (B, C_a, S, S) and z (B, 10), drawn where it is not given -> images (B, 3, S, S)."""
         return self.D_V(self.E_A(lms), self.noise(lms) if z is None else z)
-
-    def forward(self, lms, label=None):
-        sound, z = self.E_A(lms), self.noise(lms)
-        coarse, fine = self.D_V(self.E_A(self.D_A(sound, z)), z), self.D_V(sound, z)
-        return coarse, fine, self.residue.classifier(coarse)
 
     def cycles(self, lms, image, z=None):
         """All eight outputs by the paper's names: F by the other side's encoder, R by its own, then the second hop."""
@@ -223,10 +218,14 @@ class CMCGAN(nn.Module):
 
 
 class CMCGANDiscriminator(PairDiscriminator):
-    """(image, LMS (B, C_a, S, S)) -> logits (B,), by encoders as E_V and E_A are, but its own [choice]."""
+    """(image, LMS (B, C_a, S, S)) -> logits (B,), by encoders as E_V and E_A are, but its own [choice]. Spectral
+    normalisation [choice] keeps it from knowing each pair of little data, when F_Image would learn no more.
+    """
 
     def __init__(self, size=64, base=64, lms_channels=1, init_std=0.02):
         super().__init__(encoder(lms_channels, size, base), widths(size, base)[-1], size, base, init_std)
+        spectral_norm = nn.utils.parametrizations.spectral_norm
+        self.apply(lambda module: spectral_norm(module) if isinstance(module, nn.Conv2d) else None)
 
 
 def cmcgan_discriminator_loss(rvra, rvwa, wvra, rvfa, fvra, valid):

@@ -194,7 +194,7 @@ class Trainer:
 
     def set_epoch(self, epoch):
         """The learning rate of an epoch (from 1): constant, then linear to zero over --lr-decay-epochs."""
-        left, over = self.args.epochs + 1 - epoch, (self.args.lr_decay_epochs or 0) + 1
+        left, over = self.args.epochs + 1 - epoch, self.args.lr_decay_epochs + 1
         for optimizer in self.G_optimizer, self.D_optimizer:        # a resume may have brought other settings
             optimizer.param_groups[0].update(lr=self.args.lr * min(1.0, left / over), betas=tuple(self.args.betas))
 
@@ -482,8 +482,8 @@ def make_parser():
     add('--batch-size', type=number(int, 1), default=64, metavar='N', help='pairs a step, over all GPUs (default: 64)')
     add('--epochs', type=number(int, 1), default=200, metavar='N', help='of G1, G2 and D (default: 200)')
     add('--lr', type=number(float, 0.0), default=0.0008, metavar='X', help='learning rate of Adam (default: 0.0008)')
-    add('--lr-decay-epochs', type=number(int, 0), metavar='N',
-        help='linear to zero over the last N epochs (default: 0, constant; small, demo: half)')
+    add('--lr-decay-epochs', type=number(int, 0), default=0, metavar='N',
+        help='linear to zero over the last N epochs (default: 0, constant)')
     add('--betas', type=number(float, 0.0), nargs=2, default=[0.9, 0.999], metavar='X', help='(default: 0.9 0.999)')
     add('--ema', type=number(int, 0), default=0, metavar='N',
         help='generate with an average of the weights whose half-life is N images (default: 0, none)')
@@ -545,11 +545,9 @@ def parse_args(argv=None):
             own = own | SETTINGS | ({'epochs': EPOCHS[variant]} if preset == 'paper' else {})
         settings = {**defaults, **own, **given, 'preset': preset, 'variant': variant, 'group': group, 'made': {
             'command': shlex.join(['python', 'train.py', *(sys.argv[1:] if argv is None else argv)])}}
-        if settings['lr_decay_epochs'] is None:
-            settings['lr_decay_epochs'] = 0 if preset == 'paper' else settings['epochs'] // 2
         if own and (variant in BASELINES or not {*variants[:variants.index(variant)]} - {*BASELINES}):
             print(f'model {variant}, preset {preset}: ' + ', '.join(
-                f'{name} {settings[name]} (paper {defaults[name] or 0})' for name in ('lr_decay_epochs', *own)))
+                f'{name} {settings[name]} (paper {defaults[name]})' for name in own))
         found += [argparse.Namespace(**dict(settings, seed=seed)) for seed in seeds]
     return found
 
