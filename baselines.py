@@ -72,8 +72,8 @@ class PairDiscriminator(nn.Module):
 
 
 class Baseline(nn.Module):
-    """Called as CARGAN is: forward(lms (B, C_a, S, S), label) -> (image, image, C(image)), one image twice as model D's;
-    the label is not used. Raises as widths().
+    """Called as CARGAN is: forward(lms (B, C_a, S, S), label) -> (image, image, C(image)), one image twice as model
+    D's; the label is not used. Raises as widths().
     """
 
     def train(self, mode=True):

@@ -250,7 +250,7 @@ def recalibrate_batchnorm(model, batches, pictures=256):
             break
     for hook in hooks:
         hook.remove()
-    for norm, (n, total, squares) in sums.items():      # CMCGAN's encoder of images has none: it does not generate
+    for norm, (n, total, squares) in sums.items():      # what of CMCGAN does not generate has none
         norm.num_batches_tracked.zero_()        # the same after every save, however many came before
         norm.running_mean.copy_(total / n)
         norm.running_var.copy_((squares - total ** 2 / n) / (n - 1))

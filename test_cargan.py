@@ -1311,10 +1311,9 @@ def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, r
         own = (2e-4, [0.5, 0.999], 0.02, 0.0, False, [0, 1, 1, 1, 1], False)
         assert (args.lr, args.betas, args.init_std, args.dropout, args.saturating, args.lambdas,
                 args.fresh_fakes) == own
-        assert f'model {name}, preset paper: lr 0.0002 (paper 0.0008)' in \
-            capsys.readouterr().out
+        assert f'model {name}, preset paper: lr 0.0002 (paper 0.0008)' in capsys.readouterr().out
         small, = train.parse_args(['--data', 'x', '--variant', name, '--preset', 'small', '--lr', '0.1'])
-        assert (small.epochs, small.base, small.ema, small.lr) == (40, 32, 1500, 0.1)
+        assert (small.epochs, small.lr_decay_epochs, small.base, small.ema, small.lr) == (40, 0, 32, 1500, 0.1)
         assert small.lambdas == [0, 1, 1, 1, 1]
         runs.write_config(tmp_path, vars(small))
         again, = train.parse_args(['--resume', str(tmp_path), '--lr', '0.3'])
@@ -3322,7 +3321,8 @@ def test_baselines_weights_start_from_a_normal_distribution(random_C, name):
     for network in baseline(name, random_C):
         for key, module in network.named_modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and not key.startswith(('residue', 'audio')):
-                weight = module.parametrizations.weight.original if hasattr(module, 'parametrizations') else module.weight
+                normalised = hasattr(module, 'parametrizations')
+                weight = module.parametrizations.weight.original if normalised else module.weight
                 if weight.numel() > 1000:
                     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
                 assert module.bias is None or not module.bias.any()
