@@ -380,6 +380,7 @@ def write_page(run):
     config, path = load_config(run), run / 'metrics.json'
     made, metrics = config.get('made', {}), json.loads(path.read_text()) if path.exists() else {}
     samples = sorted((int(path.stem[6:]), path) for path in run.glob('samples/epoch-*.png') if path.stem[6:].isdigit())
+    shown = samples[::ceil(len(samples) / 8) or 1]
     done = metrics.get('epoch', 0) >= config['epochs']
     epoch, grid = (metrics['epoch'], run / 'grid.png') if done else (samples or [(0, run / 'none yet')])[-1]
     write_html(run / 'report.html', f'{run.resolve().name}, epoch {epoch} of {config["epochs"]}', [
@@ -390,8 +391,8 @@ def write_page(run):
         text_html(report_text(run, config, metrics)) if metrics else '',
         '<h2>Losses: faint each step, bold their mean</h2><div class="row">',
         *draw_losses(run / 'log.csv', run / 'curves.png'),
-        f'</div><details><summary>Of {len(samples)}, eight samples over time</summary><div class="row">',
-        *(image_html(path, f'epoch {i}', 220_000) for i, path in samples[::ceil(len(samples) / 8) or 1]),
+        f'</div><details><summary>Samples over time, {len(shown)} of {len(samples)}</summary><div class="row">',
+        *(image_html(path, f'epoch {i}', 220_000) for i, path in shown),
         '</div></details>', image_html(run / 'failures.png', "Failures: I'' that the independent classifier mistook"),
         text_html('## Machine\n\n' + '\n'.join(f'{name}: {text}' for name, text in (made | metrics.get(
             'versions', {})).items() if text and name != 'command'))],
