@@ -119,6 +119,8 @@ class AudioClassifier(nn.Module):
         return self.hidden(self.convolutions(lms))                                  # (B, 128)
 
     def forward(self, lms):
+        if self.training:       # a half second may begin at any moment: by up to a quarter, in a circle [choice]
+            lms = lms.roll(int(torch.randint(-lms.shape[3] // 4, lms.shape[3] // 4 + 1, ())), dims=3)
         return self.output(self.features(lms)).float()                              # (B, K)
 
     def parameter_groups(self):

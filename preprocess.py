@@ -402,11 +402,11 @@ def hold_out(labels, seed):
     return torch.cat(kept).sort().values, torch.cat(tenth).sort().values
 
 
-def random_frames(train_labels, labels, own=False):
+def random_frames(train_labels, labels, own=False, seed=0):
     """Draw a train pair of the class of each of `labels` (n,), by seed: indices (n,). With `own` the labels are train's
     own, and each gets another pair than itself if its class has one.
     """
-    generator, drawn = torch.Generator().manual_seed(0), []
+    generator, drawn = torch.Generator().manual_seed(seed), []
     for i, label in enumerate(labels):
         pairs = torch.nonzero(train_labels == label).flatten()
         others = pairs[pairs != i] if own and len(pairs) > 1 else pairs
