@@ -397,7 +397,7 @@ def figures(rows, split, real, classes=()):
 
 
 @torch.inference_mode()
-def measure(model, dataset, networks, batch_size=32, device='cpu', name='', images=None):
+def measure(model, dataset, networks, batch_size=8, device='cpu', name='', images=None):
     """Look at the pictures for all clips: {split: {kind: rows of look_at()}}, the kinds
 
         coarse, fine  I' and I''
@@ -447,7 +447,7 @@ def measure(model, dataset, networks, batch_size=32, device='cpu', name='', imag
 
 # ------------------------------------------------------------------------------------------ command
 
-def evaluate_run(folder, config, model, dataset, device='cpu', network=None, batch_size=32, trained=None, images=None):
+def evaluate_run(folder, config, model, dataset, device='cpu', network=None, batch_size=0, trained=None, images=None):
     """Measure a model on both splits; write metrics.json, grid.png and failures.png into `folder`, its run or another.
     `network` is FID's Inception, `trained` how far the model was, dict(epoch=, steps=), `images` a folder for every
     I''. Returns what metrics.json holds.
@@ -456,7 +456,7 @@ def evaluate_run(folder, config, model, dataset, device='cpu', network=None, bat
     folder, independent = Path(folder), get_independent(dataset, device)
     folder.mkdir(parents=True, exist_ok=True)
     networks = {'_independent': independent} | ({'': network} if network else {})
-    found = measure(model.eval(), dataset, networks, batch_size, device, folder, images)
+    found = measure(model.eval(), dataset, networks, batch_size or 2048 // config['size'] or 1, device, folder, images)
     splits = dict(train=dataset.train, validation=dataset.validation)
     metrics = dict({name: config.get(name) for name in ('data', 'size', 'variant', 'seed', 'preset')},
                    **trained or {}, pictures={name: len(split) for name, split in splits.items()},
@@ -559,12 +559,12 @@ def main(argv=None):
     add('--require-inception', action='store_true', help='stop where they cannot be had (default: do without them)')
     add('--data', metavar='DIR', help="a dataset folder (default: the run's own)")
     add('--cache', metavar='DIR', help=f"where packed data is kept (default: the run's, else {default_cache()})")
-    add('--batch-size', type=int, default=32, metavar='N', help='clips at once (default: 32)')
+    add('--batch-size', type=int, metavar='N', help='clips at once (default: 8 at 256 pixels, 32 at 64)')
     add('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (default: the first GPU, else the CPU)')
     args = parser.parse_args(argv)
     if args.label and not args.audio:
         parser.error('--label goes with --audio')
-    if args.batch_size < 1 or not 0.02 <= args.hop <= 600:
+    if args.batch_size is not None and args.batch_size < 1 or not 0.02 <= args.hop <= 600:
         parser.error('--batch-size must be at least 1, --hop from 0.02 to 600')
     newest = max(Path('runs').glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime, default=None)
     if not (args.runs or newest):
