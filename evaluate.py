@@ -344,7 +344,7 @@ def get_independent(dataset, device='cpu'):
 def get_audio_classifier(dataset, device='cpu'):
     """S2IC's audio classifier of a dataset's train sounds, in eval mode: (network, its accuracy on validation)."""
     return _kept_beside(dataset, 'audio', partial(AudioClassifier, len(dataset.classes), dataset.train.size,
-                                                  dataset.lms_channels), device, epochs=150, source=0)
+                                                  dataset.lms_channels), device, epochs=300, source=0)
 
 
 # ------------------------------------------------------------------------------------------ figures

@@ -1887,7 +1887,7 @@ def test_a_baseline_stopped_and_gone_on_with_is_the_uninterrupted_one(group, tmp
 
 def test_s2ics_audio_classifier_is_trained_once_kept_and_frozen(group, two, capsys):
     out, _, printed = group
-    assert printed.count('audio classifier: accuracy') == 1 and 'audio classifier epoch 150/150' in printed
+    assert printed.count('audio classifier: accuracy') == 1 and 'audio classifier epoch 300/300' in printed
     random = torch.get_rng_state()
     audio, accuracy = evaluate.get_audio_classifier(two)
     assert not capsys.readouterr().out and torch.equal(random, torch.get_rng_state())
