@@ -1718,16 +1718,22 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 def test_two_processes_resumed_end_as_two_uninterrupted(trained, demo, tmp_path):
     run, cache = trained
-    words = run_flags(demo, cache, tmp_path / 'run', '--variant', 'D', '--classifier', run / 'classifier.pt')
-    unjudged = tmp_path / 'unjudged.py'         # the first two runs go without figures and in one start, for time
-    unjudged.write_text('import sys, train\ntrain.evaluate_run = train.report_text = lambda *_, **__: None\n'
-                        'for words in sys.argv[1:]:\n    train.main(words.split("|"))')
-    two = ['|'.join(map(str, [*words, *more])) for more in (['--out', tmp_path / 'whole'], ['--epochs', '1'])]
+    words = run_flags(demo, cache, tmp_path / 'whole', '--variant', 'D', '--classifier', run / 'classifier.pt')
+    (tmp_path / 'kept.py').write_text(             # the whole run, without figures, leaves a copy of its first epoch
+        'import shutil, train\n'
+        'train.evaluate_run = train.report_text = lambda *_, **__: None\n'
+        'save = train.Trainer.save\n'
+        'def keep(trainer, run, *more):\n'
+        '    save(trainer, run, *more)\n'
+        '    if train.rank() == 0 and trainer.epoch == 1:\n'
+        '        shutil.copytree(run, run.with_name("run"))\n'
+        'train.Trainer.save = keep\n'
+        'train.run_command(train.main)')
     again = ['--resume', tmp_path / 'run', '--epochs', '2', '--device', 'cpu']
-    for script, words, starts in (unjudged, two, 2), (HERE / 'train.py', again, 1):
+    for script, words in (tmp_path / 'kept.py', words), (HERE / 'train.py', again):
         done = command(*TORCHRUN, 2, script, *words, env=dict(os.environ, PYTHONPATH=str(HERE)))
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count(' classes; on ') == starts              # rank 0 alone speaks
+        assert done.stdout.count(' classes; on ') == 1               # rank 0 alone speaks
         assert 'FutureWarning' not in done.stderr
     assert 'resumed after 1 of 2 epochs' in done.stdout and 'real frames' in done.stdout
     rows = list(csv.reader(open(tmp_path / 'run/log.csv')))
@@ -2441,8 +2447,7 @@ def test_controls_by_hand(two, network, tmp_path):
                                     'predictions': independent(saved)[1].argmax(dim=1)}
     for name, other in (('train', 'validation'), ('validation', 'train')):
         _, image, label = batches[name]
-        draws = [preprocess.random_frames(dataset.train.labels, label, name == 'train', seed)
-                 for seed in range(8)]
+        draws = [preprocess.random_frames(dataset.train.labels, label, name == 'train', seed) for seed in range(8)]
         copied = torch.stack([(train[drawn] - image).abs().mean() for drawn in draws]).mean().item()
         for kind, x in kinds[name].items():
             found, truth = metrics[name][kind], rows[other if kind == 'real' else name, 'real']
