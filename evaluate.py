@@ -416,7 +416,7 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
     means /= train.labels.bincount(minlength=len(means)).to(device)[:, None, None, None]
     of_means = look_at(means, networks)
     for part, split in dict(train=train, validation=dataset.validation).items():
-        n = len(split)      # one draw of 156 frames had an l1 that is three deviations off
+        n = len(split)      # fewer clips take more draws: one draw of 156 had an l1 three deviations off
         draws = [random_frames(train.labels, split.labels, split is train, i) for i in range(1 + min(7, 1000 // n))]
         progress, batches, others = Progress(), [], random_frames(split.labels, split.labels, own=True)
         shift = torch.randint(1, len(means), (n,), generator=torch.Generator().manual_seed(0))
