@@ -1,4 +1,4 @@
-"""CAR-GAN, the Cascade Attention-Guided Residue GAN (arXiv 1907.01826): the whole model in one file.
+"""CAR-GAN, the Cascade Attention-Guided Residue GAN (arXiv 1907.01826): the model in one file.
 
 Half a second of an instrument's sound becomes the picture of the scene it was played in:
 
@@ -25,6 +25,8 @@ VARIANTS = {  # Table 1, the ablation
 }
 
 
+# ------------------------------------------------------------------------------------------- parts
+
 def init_weights(network, std=0.2):
     """Draw the weights of every convolution from N(0, std), section 3.5; biases start at 0."""
     for module in network.modules():
@@ -34,82 +36,112 @@ def init_weights(network, std=0.2):
                 nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------- networks
+def widths(size, base):
+    """Channels of the features at S/2, S/4, ..., 1: base * (1, 2, 4, 8, 8, ...), for S = `size`.
+
+    Raises ValueError where `size` is not a power of two from 32.
+    """
+    depth = size.bit_length() - 1
+    if size < 32 or size != 2 ** depth:
+        raise ValueError(f'size {size} is not a power of two from 32 (32, 64, 128, 256, ...)')
+    return [base * min(2 ** i, 8) for i in range(depth)]
+
+
+def concatenate_label(image, vector):
+    """Tile a label vector (B, K) over the plane and append it to (B, C, S, S): (B, C + K, S, S)."""
+    plane = vector.to(image.dtype)[:, :, None, None]                 # (B, K, 1, 1)
+    plane = plane.expand(-1, -1, *image.shape[2:])                   # (B, K, S, S)
+    return torch.cat([image, plane], dim=1)
+
 
 class SelfAttention(nn.Module):
-    """Self-attention of SAGAN (Zhang et al. 2019), sections 3.1 and 3.5: x + scale * W_o softmax(q k^T) v.
+    """Self-attention of SAGAN (Zhang et al. 2019), sections 3.1 and 3.5:
+
+        x + scale * W_o softmax(q k^T) v
 
     Query and key have C/8 channels, the value C/2; keys and values are max-pooled 2x2; there is no
-    1/sqrt(d); the learned scale starts at 0. Maps (B, C, H, W) to the same shape, H and W at least 2.
+    1/sqrt(d); the learned scale starts at 0. Maps (B, C, H, W) to (B, C, H, W), H and W at least 2.
     """
 
     def __init__(self, channels):
         super().__init__()
-        self.query = nn.Conv2d(channels, max(1, channels // 8), 1, bias=False)
-        self.key = nn.Conv2d(channels, max(1, channels // 8), 1, bias=False)
-        self.value = nn.Conv2d(channels, max(1, channels // 2), 1, bias=False)
-        self.output = nn.Conv2d(max(1, channels // 2), channels, 1, bias=False)
+        narrow = max(1, channels // 8)
+        wide = max(1, channels // 2)
+        self.query = nn.Conv2d(channels, narrow, 1, bias=False)
+        self.key = nn.Conv2d(channels, narrow, 1, bias=False)
+        self.value = nn.Conv2d(channels, wide, 1, bias=False)
+        self.output = nn.Conv2d(wide, channels, 1, bias=False)
         self.scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x):                                                       # (B, C, H, W)
-        q = self.query(x).flatten(2).transpose(1, 2)                            # (B, HW, C/8)
-        k = F.max_pool2d(self.key(x), 2).flatten(2).transpose(1, 2)             # (B, HW/4, C/8)
-        v = F.max_pool2d(self.value(x), 2).flatten(2).transpose(1, 2)           # (B, HW/4, C/2)
+    def forward(self, x):                                            # (B, C, H, W)
+        q = self.query(x).flatten(2).mT                              # (B, HW, C/8)
+        k = F.max_pool2d(self.key(x), 2).flatten(2).mT               # (B, HW/4, C/8)
+        v = F.max_pool2d(self.value(x), 2).flatten(2).mT             # (B, HW/4, C/2)
         # The kernels that never hold the (HW, HW/4) matrix want contiguous rows of one width for
         # all three; zeros appended to q and k leave their products as they are.
-        q, k, v = (F.pad(t, (0, v.shape[2] - t.shape[2])).contiguous().unsqueeze(1) for t in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, scale=1.0)                  # (B, 1, HW, C/2)
-        o = o.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])              # (B, C/2, H, W)
+        zeros = (0, v.shape[2] - q.shape[2])
+        q, k = F.pad(q, zeros), F.pad(k, zeros)                      # (B, HW or HW/4, C/2)
+        q, k, v = (rows.contiguous().unsqueeze(1) for rows in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, scale=1.0)       # (B, 1, HW, C/2)
+        o = o.squeeze(1).mT.unflatten(2, x.shape[2:])                # (B, C/2, H, W)
         return x + self.scale * self.output(o)
 
+
+# ---------------------------------------------------------------------------------------- networks
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix (Isola et al. 2017) with self-attention, section 3.5: G1 and G2.
 
     Maps (B, in_channels, S, S) to an image (B, out_channels, S, S) in [-1, 1], S = `size`. Every
     convolution is 4x4, stride 2, padding 1; log2(S) of them lead down to 1x1 and as many up again.
-    The widths are base * (1, 2, 4, 8, 8, ...). Attention works on the decoder features that enter
-    the last two up-convolutions (S/4 and S/2), before the skip connection is concatenated.
-
-    Raises ValueError where `size` is not a power of two from 32.
+    Attention works on the decoder features that enter the last two up-convolutions (S/4 and S/2),
+    before the skip connection is concatenated. Raises as widths() does.
     """
 
     def __init__(self, in_channels, out_channels=3, base=64, size=256, attention=True, dropout=0.5,
                  init_std=0.2):
         super().__init__()
-        depth = size.bit_length() - 1
-        if size < 32 or size != 2 ** depth:
-            raise ValueError(f'size {size} is not a power of two from 32 (32, 64, 128, 256, ...)')
-        width = [base * min(2 ** i, 8) for i in range(depth)]        # of the features at S / 2^(i+1)
+        width = [in_channels, *widths(size, base)]                   # width[i] at S/2^i
+        depth = len(width) - 1
 
         self.down = nn.ModuleList()
-        for i in range(depth):
-            normalised = 0 < i < depth - 1      # not the first, and not the last: there 1x1 is left
-            layers = [nn.LeakyReLU(0.2)] if i > 0 else []
-            layers += [nn.Conv2d(width[i - 1] if i > 0 else in_channels, width[i], 4, 2, 1,
-                                 bias=not normalised)]
-            layers += [nn.BatchNorm2d(width[i])] if normalised else []
+        for i in range(1, depth + 1):                                # from S/2^(i-1) to S/2^i
+            normalised = 1 < i < depth      # not the first, and not the last: there 1x1 is left
+            layers = []
+            if i > 1:
+                layers.append(nn.LeakyReLU(0.2))
+            layers.append(nn.Conv2d(width[i - 1], width[i], 4, 2, 1, bias=not normalised))
+            if normalised:
+                layers.append(nn.BatchNorm2d(width[i]))
             self.down.append(nn.Sequential(*layers))
 
         self.up = nn.ModuleList()
-        for i in reversed(range(1, depth)):
-            layers = [nn.ReLU(), nn.ConvTranspose2d(width[i] * (1 if i == depth - 1 else 2),
-                                                    width[i - 1], 4, 2, 1, bias=False),
-                      nn.BatchNorm2d(width[i - 1])]
-            layers += [nn.Dropout(dropout)] if i >= 5 else []        # [14]: three layers at S = 256
-            layers += [SelfAttention(width[i - 1])] if attention and i <= 2 else []
+        channels = width[depth]
+        for i in range(depth, 1, -1):                                # from S/2^i to S/2^(i-1)
+            after = width[i - 1]
+            layers = [
+                nn.ReLU(),
+                nn.ConvTranspose2d(channels, after, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(after),
+            ]
+            if i >= 6:
+                layers.append(nn.Dropout(dropout))                   # [14]: three layers at S = 256
+            if attention and i <= 3:
+                layers.append(SelfAttention(after))                  # at S/4 and S/2
             self.up.append(nn.Sequential(*layers))
-        self.up.append(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * base, out_channels, 4, 2, 1)))
+            channels = 2 * after                                     # with the skip
+        last = nn.ConvTranspose2d(channels, out_channels, 4, 2, 1)
+        self.up.append(nn.Sequential(nn.ReLU(), last))
         init_weights(self, init_std)
 
     def forward(self, x):                                            # (B, in_channels, S, S)
         skips = []
         for down in self.down:
-            x = down(x)
-            skips.append(x)                                          # (B, width[i], S/2^(i+1), ...)
+            x = down(x)                                              # (B, width[i], S/2^i, S/2^i)
+            skips.append(x)
         x = skips.pop()                                              # (B, 8 base, 1, 1)
         for up in self.up[:-1]:
-            x = torch.cat([up(x), skips.pop()], dim=1)               # (B, 2 width[i-1], S/2^i, ...)
+            x = torch.cat([up(x), skips.pop()], dim=1)               # (B, 2 width[i], S/2^i, S/2^i)
         return self.up[-1](x).float().tanh()                         # (B, out_channels, S, S)
 
 
@@ -127,8 +159,8 @@ class PatchDiscriminator(nn.Module):
         for width, stride in ((base, 2), (2 * base, 2), (4 * base, 1)):
             if attention and stride == 1:
                 layers.append(SelfAttention(width))
-            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False),
-                       nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)]
+            convolution = nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)]
         if attention:
             layers.append(SelfAttention(8 * base))
         layers.append(nn.Conv2d(8 * base, 1, 4, 1, 1))
@@ -151,32 +183,35 @@ class Classifier(nn.Module):
 
     def __init__(self, num_classes, pretrained=True):
         super().__init__()
-        self.resnet = resnet50(weights=None)
+        self.resnet = resnet50()
         if pretrained is True:
-            self.resnet.load_state_dict(ResNet50_Weights.IMAGENET1K_V1.get_state_dict(
-                progress=True, check_hash=True, weights_only=True))
+            imagenet = ResNet50_Weights.IMAGENET1K_V1
+            self.resnet.load_state_dict(imagenet.get_state_dict(check_hash=True, weights_only=True))
         elif pretrained:
-            self.resnet.load_state_dict(torch.load(pretrained, map_location='cpu', weights_only=True))
+            weights = torch.load(pretrained, map_location='cpu', weights_only=True)
+            self.resnet.load_state_dict(weights)
         self.resnet.fc = nn.Linear(self.resnet.fc.in_features, num_classes)
-        for name, values in (('mean', (0.485, 0.456, 0.406)), ('std', (0.229, 0.224, 0.225))):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        self.register_buffer('mean', mean, persistent=False)
+        self.register_buffer('std', std, persistent=False)
 
-    def forward(self, image):                                        # (B, 3, S, S)
-        return self.resnet(((image + 1) / 2 - self.mean) / self.std).float()      # (B, num_classes)
+    def forward(self, image):                                        # (B, 3, S, S) in [-1, 1]
+        image = (image + 1) / 2                                      # in [0, 1]
+        return self.resnet((image - self.mean) / self.std).float()   # (B, num_classes)
 
 
 class ResidueModule(nn.Module):
     """The residue, section 3.2: L_r = L_a - L'_i with L'_i = softmax(C(image)).
 
-    C is frozen and stays in eval mode whatever mode the model is in, yet its gradient reaches the
-    image (section 3.3). Maps (image (B, 3, S, S), label (B,)) to (logits (B, K), residue (B, K)); a residue sums
-    to 0, is 0 where C recognises the label for certain, and is not detached.
+    Maps (image (B, 3, S, S), label (B,)) to (logits (B, K), residue (B, K)). C is frozen and stays
+    in eval mode whatever mode the model is in, yet its gradient reaches the image (section 3.3). A
+    residue sums to 0, is 0 where C recognises the label for certain, and is not detached.
     """
 
     def __init__(self, classifier):
         super().__init__()
-        self.classifier = classifier.requires_grad_(False)
-        self.train(self.training)
+        self.classifier = classifier.requires_grad_(False).eval()
 
     def train(self, mode=True):
         super().train(mode)
@@ -185,17 +220,19 @@ class ResidueModule(nn.Module):
 
     def forward(self, image, label):
         logits = self.classifier(image)                              # (B, K)
-        return logits, F.one_hot(label, logits.shape[1]) - logits.softmax(dim=1)   # L_r (B, K)
+        L_a = F.one_hot(label, logits.shape[1])                      # (B, K)
+        L_r = L_a - logits.softmax(dim=1)                            # (B, K)
+        return logits, L_r
 
 
 class CARGAN(nn.Module):
-    """G1, C and G2 in cascade, Eq. (1): I'' = G2(I', L_r).
+    """G1, C and G2 in cascade, sections 3.1 and 3.2.
 
-    Maps (lms (B, C_a, S, S), label (B,)) to (coarse I', fine I'', coarse_logits C(I')). `variant` is
-    one of the paper's ablations (`VARIANTS`); D has no stage II and returns I' twice, and what B
+    Maps (lms (B, C_a, S, S), label (B,)) to (coarse I', fine I'', coarse_logits C(I')). `variant`
+    is one of the paper's ablations (`VARIANTS`); D has no stage II and returns I' twice, and what B
     leaves out is a loss, not a network. Without `classifier` C is untrained.
 
-    Raises ValueError for a size that is no power of two from 32, or an unknown variant.
+    Raises ValueError for an unknown variant, and as widths() does.
     """
 
     def __init__(self, num_classes, size=256, base=64, variant='E', lms_channels=1, classifier=None,
@@ -203,86 +240,71 @@ class CARGAN(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f'variant {variant!r} is not one of {", ".join(VARIANTS)}')
-        self.num_classes, self.variant = num_classes, variant
-        unet = dict(base=base, size=size, attention=variant != 'A', dropout=dropout, init_std=init_std)
+        self.num_classes = num_classes
+        self.variant = variant
+        unet = dict(base=base, size=size, attention=variant != 'A', dropout=dropout,
+                    init_std=init_std)
         self.G1 = UNetGenerator(lms_channels + num_classes, **unet)
-        if variant != 'D':
-            self.G2 = UNetGenerator(3 if variant == 'C' else 3 + num_classes, **unet)
-        self.residue = ResidueModule(
-            Classifier(num_classes, pretrained=False) if classifier is None else classifier)
+        if variant == 'C':
+            self.G2 = UNetGenerator(3, **unet)
+        elif variant != 'D':
+            self.G2 = UNetGenerator(3 + num_classes, **unet)
+        if classifier is None:
+            classifier = Classifier(num_classes, pretrained=False)
+        self.residue = ResidueModule(classifier)
 
-    def forward(self, lms, label):
-        coarse = self.G1(concatenate_label(lms, F.one_hot(label, self.num_classes)))    # I' = G1(A, L_a)
-        coarse_logits, residue = self.residue(coarse, label)
+    def forward(self, lms, label):                                   # (B, C_a, S, S), (B,)
+        L_a = F.one_hot(label, self.num_classes)                     # (B, K)
+        coarse = self.G1(concatenate_label(lms, L_a))                # I' = G1(A, L_a)
+        coarse_logits, L_r = self.residue(coarse, label)             # C(I'), L_a - softmax(C(I'))
         if self.variant == 'D':
-            return coarse, coarse, coarse_logits
-        fine = self.G2(coarse if self.variant == 'C' else concatenate_label(coarse, residue))
+            fine = coarse
+        elif self.variant == 'C':
+            fine = self.G2(coarse)
+        else:
+            fine = self.G2(concatenate_label(coarse, L_r))           # Eq. (1): I'' = G2(I', L_r)
         return coarse, fine, coarse_logits
 
 
-def concatenate_label(image, vector):
-    """Tile a label vector (B, K) over the plane and append it to (B, C, S, S): (B, C + K, S, S)."""
-    plane = vector.to(image.dtype)[:, :, None, None].expand(-1, -1, *image.shape[2:])
-    return torch.cat([image, plane], dim=1)
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(model, batches, pictures=256):
-    """Set the running statistics of G1's and G2's BatchNorm to those over so many pictures of `batches`, (lms, image,
-    label) each, without dropout: at the paper's learning rate the weights outrun the running averages, which
-    training does not read. Variances are over all pictures at once: small batches lose what lies between their means.
-    """
-    training, sums, done = model.training, {}, 0
-    norms = [norm for norm in model.train().modules()
-             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]      # C's are not
-
-    def note(norm, inputs):
-        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)                 # (C,)
-        moments = torch.stack([torch.ones_like(mean), mean, var + mean ** 2]).cpu().double()
-        sums[norm] = sums.get(norm, 0) + moments * (inputs[0].numel() // len(mean))         # (3, C)
-
-    model.eval()
-    hooks = [norm.train().register_forward_pre_hook(note) for norm in norms]
-    for lms, _, label in batches:
-        model(lms, label)
-        done += len(label)
-        if done >= pictures:
-            break
-    for hook in hooks:
-        hook.remove()
-    for norm, (n, total, squares) in sums.items():      # what of CMCGAN does not generate has none
-        norm.num_batches_tracked.zero_()        # the same after every save, however many came before
-        norm.running_mean.copy_(total / n)
-        norm.running_var.copy_((squares - total ** 2 / n) / (n - 1))
-    model.train(training)
-
-
 # ------------------------------------------------------------------------------------------ losses
-# The sums over the stages I', I'' are written over whatever stages are given: model D has but one.
+# Sums over the stages X = I', I'' take whatever stages are given: model D has but one. In logits,
+# -log D is softplus(-logits) and -log(1 - D) is softplus(logits).
 
-def classification_loss(label, *logits, weights=(0.5, 0.5)):
-    """Eq. (2): L_C = 0.5 CE(C(I'), y) + 0.5 CE(C(I''), y), from the logits (B, K) of each stage."""
-    return sum(weight * F.cross_entropy(stage, label) for weight, stage in zip(weights, logits))
+def classification_loss(label, *stages):
+    """Eq. (2): L_C = 0.5 CE(C(I'), y) + 0.5 CE(C(I''), y), from C's logits (B, K) of each stage."""
+    loss = 0
+    for logits in stages:
+        loss = loss + 0.5 * F.cross_entropy(logits, label)
+    return loss
 
 
 def discriminator_loss(real, *fakes, weights=(1.0, 1.0)):
-    """Eq. (3) to (5) as D minimises them: the sum over the stages X, weighted by lambda_G1, lambda_G2, of
+    """Eq. (3) to (5) as D minimises them, from D's logits: the sum over the stages X of
 
         - E log D(A, I) - E log(1 - D(A, X)),
 
-    from D's logits; the real term counts once for each stage, as the sum is written.
+    weighted by lambda_G1, lambda_G2; the real term counts for each stage, as the sum is written.
     """
-    return sum(weight * (F.softplus(-real).mean() + F.softplus(fake).mean())
-               for weight, fake in zip(weights, fakes))
+    loss = 0
+    for weight, fake in zip(weights, fakes):
+        loss = loss + weight * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    return loss
 
 
 def generator_loss(*fakes, weights=(1.0, 1.0), saturating=True):
-    """Eq. (3) to (5) as G1 and G2 minimise them, from D's logits: the sum over the stages X, weighted by
-    lambda_G1, lambda_G2, of E log(1 - D(A, X)), or, not saturating where D is sure of itself, of
-    - E log D(A, X).
+    """Eq. (3) to (5) as G1 and G2 minimise them, from D's logits: the sum over the stages X of
+
+        E log(1 - D(A, X)),     or, not saturating where D is sure of itself,     - E log D(A, X),
+
+    weighted by lambda_G1, lambda_G2.
     """
-    return sum(weight * (-F.softplus(fake).mean() if saturating else F.softplus(-fake).mean())
-               for weight, fake in zip(weights, fakes))
+    loss = 0
+    for weight, fake in zip(weights, fakes):
+        if saturating:
+            loss = loss - weight * F.softplus(fake).mean()           # log(1 - D)
+        else:
+            loss = loss + weight * F.softplus(-fake).mean()          # -log D
+    return loss
 
 
 def l1_loss(image, *stages):

@@ -1,14 +1,18 @@
-"""The built-in data: a stand-in for Sub-URMP made by code, so that everything runs without a download.
+"""The built-in data: a stand-in for Sub-URMP made by code, so that all runs without a download.
 
     python demo.py my-demo              # write it as a Sub-URMP folder, to look at and to listen to
 
-A pair is half a second of additive synthesis and a drawing of the player at its start. Pitch moves the hand,
-loudness the arm or the bell, and in silence the player waits. Looks, pieces and noise are random.
+A pair is half a second of additive synthesis and a drawing of the player at its start. Pitch leads
+the player across the stage and moves the hand; loudness turns up the light and moves the arm or the
+bell; in silence the player waits in the dark. Looks, pieces and noise are random: each instrument
+has one player, who plays other pieces in validation than in train.
 """
 import argparse
 import zlib
 from collections import namedtuple
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,107 +22,258 @@ from scipy.io import wavfile
 
 from runs import InputError, Progress, default_cache, run_command, writing, written_whole
 
-DEMO_VERSION = 2                     # raised whenever the demo data come out otherwise
-DEMO_RATE, DURATION = 44_100, 0.5    # Hz; seconds of sound in a pair
-BAR, REST_PROBABILITY = 0.6, 0.08    # a bar (seconds) holds one note, two notes or a rest
-START = 0.15                         # a pair starts so late in its bar (seconds): its first note sounds there
-PIECES = {'train': (1, 2, 3, 4), 'validation': (5, 6)}
+DEMO_VERSION = 3            # raised whenever the demo data come out otherwise
+DEMO_RATE = 44_100          # Hz
+DURATION = 0.5              # seconds of sound in a pair
+BAR = 0.6                   # seconds; a bar holds one note, two notes or a rest
+REST_PROBABILITY = 0.08
+START = 0.15                # seconds into its bar a pair starts: the bar's first note sounds there
+PIECES = {'train': range(1, 9), 'validation': range(9, 13)}
+STEP = .12                  # from the middle of the stage to its place for the highest pitch
+LIGHT = .7, 1.4             # on the stage, in silence and for the loudest note
 
-GOLD, COPPER, SILVER, BLACK, GREY = (246, 190, 40), (230, 126, 48), (226, 230, 238), (22, 20, 24), (46, 46, 56)
-MAROON, IVORY, WOOD, DARK_WOOD = (128, 30, 26), (244, 232, 206), (214, 112, 34), (126, 58, 24)
 
+# ------------------------------------------------------------------------------ the instruments
 
-class DemoInstrument(namedtuple('DemoInstrument', 'register rolloff formants attack vibrato noise scale play lift rest '
-                                'fingers hold shapes slide bow seated offset even', defaults=((), None, False, 0, 0))):
+@dataclass(frozen=True, kw_only=True)
+class DemoInstrument:
     """How an instrument sounds, is held and looks.
 
-    Its sound: lowest and highest pitch (MIDI), slope of the spectrum when soft and loud (dB per octave), resonances
-    ((Hz, dB), ...), attack (seconds), vibrato (cents), noise of breath or bow beside the tone (dB); `even` partials are
-    this much weaker (dB). In the picture lengths are fractions of its width, y points down, angles are in degrees,
-    clockwise. `shapes` are strokes (colour, (x, y, width), ...) in the instrument's own frame (one point: a disc),
-    which `scale` and a pose (x and y from the player's mouth, angle) take to the picture: `play` for the softest note,
-    which `lift` turns for the loudest, `rest` while the player waits. `fingers`: where the playing hand is at the
-    lowest and highest pitch; `hold`: the other hand, or the bow on the strings; `slide`: shapes that move along with
-    the playing hand; `bow`: the direction from strings to bow hand; `offset`: of the player from the middle.
+    Lengths are fractions of the picture's width, y points down, angles are in degrees, clockwise.
+    The instrument is drawn in a frame of its own, which `scale` and a pose (x and y from the
+    player's mouth, angle) take to the picture.
     """
+    # what is heard
+    register: tuple         # lowest and highest pitch (MIDI)
+    rolloff: tuple          # slope of the spectrum, when soft and when loud (dB per octave)
+    formants: tuple         # resonances: (Hz, dB), ...
+    even: float = 0         # even partials are this much weaker (dB)
+    attack: float           # seconds
+    vibrato: float          # cents
+    noise: float            # of breath or bow, beside the tone (dB)
+    # how it is held
+    seated: bool = False
+    offset: float = 0       # of the player from the middle of the stage
+    scale: float = 1
+    play: tuple             # pose for the softest note
+    lift: float             # by how much the loudest note turns it
+    rest: tuple             # pose while the player waits
+    fingers: tuple          # (x, y) of the playing hand at the lowest and at the highest pitch
+    hold: tuple             # (x, y) of the other hand, or of the bow on the strings
+    bow: float = None       # the angle from the strings to the bow hand
+    # how it looks: strokes (colour, 'x y width, x y width, ...'); one of a single point is a disc
+    shapes: tuple
+    slide: tuple = ()       # strokes that move along with the playing hand
+
+
+GOLD = 246, 190, 40
+COPPER = 230, 126, 48
+SILVER = 226, 230, 238
+BLACK = 22, 20, 24
+GREY = 46, 46, 56
+MAROON = 128, 30, 26
+IVORY = 244, 232, 206
+WOOD = 214, 112, 34
+DARK_WOOD = 126, 58, 24
 
 
 def keys(colour, size, *places):
-    return tuple((colour, (x, 0, size)) for x in places)
+    """Discs at these x along the instrument."""
+    return [(colour, f'{x} 0 {size}') for x in places]
 
 
-def coil(colour, x, y, radius, width):
+def coil(x, y, radius, width):
+    """The points of a circle of tube."""
     angles = np.radians(np.arange(0, 361, 30))
-    return colour, *((x + radius * np.cos(a), y + radius * np.sin(a), width) for a in angles)
+    return ','.join(f'{x + radius * np.cos(a)} {y + radius * np.sin(a)} {width}' for a in angles)
 
 
 def bowed(wood):
     """Body, scroll, fingerboard, tailpiece and bridge; x runs from tail (0) to scroll."""
-    return ((wood, (0, 0, .16), (.02, 0, .36), (.16, 0, .42), (.29, 0, .08), (.40, 0, .38), (.54, 0, .32),
-             (.55, 0, .10)), (wood, (.94, 0, .07), (1, 0, .10)),
-            (BLACK, (.34, 0, .07), (.94, 0, .055)), (BLACK, (.05, 0, .06), (.16, 0, .06)),
-            (IVORY, (.24, -.07, .025), (.24, .07, .025)))
+    return [
+        (wood, '0 0 .16, .02 0 .36, .16 0 .42, .29 0 .08, .40 0 .38, .54 0 .32, .55 0 .10'),
+        (wood, '.94 0 .07, 1 0 .10'),
+        (BLACK, '.34 0 .07, .94 0 .055'),
+        (BLACK, '.05 0 .06, .16 0 .06'),
+        (IVORY, '.24 -.07 .025, .24 .07 .025'),
+    ]
 
 
 DEMO_INSTRUMENTS = {
-    'bassoon': DemoInstrument((34, 72), (13, 7), ((480, 14), (1200, 6)), .03, 10, -34,
-        1, (0, 0, 4), -16, (.02, .10, 24), ((.14, 0), (-.04, .30)), (-.12, .40),
-        ((MAROON, (-.20, .52, .075), (.22, -.17, .055)), (IVORY, (.21, -.16, .07), (.23, -.20, .08)),
-         (SILVER, (0, 0, .012), (-.03, .01, .014), (-.06, .07, .016), (.01, .16, .018))), seated=True),
-    'cello': DemoInstrument((36, 76), (8, 6), ((250, 6), (600, 5), (2000, 4)), .05, 22, -32,
-        .66, (.04, .53, -86), 7, (.10, .53, -66), ((.92, 0), (.52, 0)), (.30, 0),
-        ((BLACK, (-.10, 0, .02), (0, 0, .02)), *bowed(WOOD)), bow=172, seated=True),
-    'clarinet': DemoInstrument((50, 91), (12, 7), ((1500, 4),), .03, 2, -36,
-        .44, (0, 0, 118), 24, (-.06, .20, 75), ((.70, 0), (.28, 0)), (.60, 0),
-        ((BLACK, (0, 0, .05), (.10, 0, .09), (.78, 0, .10), (.92, 0, .15), (1, 0, .30)),
-         *keys(SILVER, .05, .14, .25, .37, .49, .61, .72, .82)), even=26),
-    'double_bass': DemoInstrument((28, 60), (9, 7), ((110, 8), (350, 5)), .06, 8, -30,
-        .90, (.17, .69, -93), 5, (.20, .69, -79), ((.90, 0), (.52, 0)), (.30, 0),
-        ((BLACK, (-.06, 0, .015), (0, 0, .015)), *bowed(DARK_WOOD)), bow=165, offset=-.12),
-    'flute': DemoInstrument((60, 96), (22, 12), ((900, 5),), .05, 25, -22,
-        .48, (.04, 0, 172), 14, (-.10, .24, 40), ((.84, 0), (.42, 0)), (.28, 0),
-        ((SILVER, (0, 0, .065), (1, 0, .065)), *keys(BLACK, .025, .08, .40, .50, .60, .70, .80))),
-    'horn': DemoInstrument((41, 77), (18, 9), ((340, 9),), .06, 3, -38,
-        1, (0, 0, 0), 16, (.06, .12, -30), ((.19, .27), (.04, .12)), (-.20, .33),
-        (coil(COPPER, .05, .23, .135, .03), coil(COPPER, .05, .23, .07, .024),
-         (COPPER, (0, 0, .018), (.02, .05, .02), (.12, .08, .025), (.17, .18, .03)),
-         (COPPER, (.1, .11, .03), (-.06, .1, .045), (-.17, .22, .08), (-.2, .29, .17), (-.22, .33, .32))), seated=True),
-    'oboe': DemoInstrument((58, 91), (9, 5), ((1050, 14), (2900, 9)), .03, 14, -38,
-        .42, (0, 0, 90), -20, (0, .28, 20), ((.72, 0), (.25, 0)), (.62, 0),
-        ((IVORY, (0, 0, .03), (.12, 0, .03)), (BLACK, (.12, 0, .055), (.9, 0, .065), (1, 0, .13)),
-         *keys(SILVER, .03, .25, .35, .45, .55, .65, .75)), seated=True),
-    'sax': DemoInstrument((49, 81), (9, 5), ((700, 6), (1700, 6)), .03, 18, -28,
-        1, (0, 0, 0), 16, (-.02, .12, -24), ((-.08, .08), (-.14, .30)), (-.10, .24),
-        ((BLACK, (0, 0, .02), (-.03, -.01, .025)),
-         (GOLD, (-.03, -.01, .02), (-.08, -.02, .025), (-.08, .06, .04), (-.12, .22, .055), (-.16, .44, .07),
-          (-.24, .49, .08), (-.29, .4, .09), (-.30, .28, .11), (-.33, .23, .20)))),
-    'trombone': DemoInstrument((40, 72), (17, 6), ((600, 6),), .05, 3, -40,
-        .52, (0, 0, 172), 12, (-.05, .12, 118), ((.82, 0), (.40, 0)), (.16, -.03),
-        ((GOLD, (0, 0, .03), (.55, 0, .03)), (GOLD, (-.22, -.09, .03), (.55, -.09, .03)),
-         (GOLD, (-.22, -.09, .04), (-.36, -.22, .05), (-.24, -.35, .05), (.34, -.35, .10), (.48, -.35, .42))),
-        ((SILVER, (-.25, 0, .04), (.28, 0, .04), (.36, -.045, .04), (.28, -.09, .04), (-.25, -.09, .04)),
-         (SILVER, (0, 0, .03), (0, -.09, .03))), offset=.12),
-    'trumpet': DemoInstrument((55, 82), (15, 3), ((1200, 8),), .03, 8, -38,
-        .46, (0, 0, 172), 26, (-.08, .24, 120), ((.34, -.10), (.62, -.10)), (.28, -.12),
-        ((GOLD, (0, 0, .06), (.05, 0, .035), (.80, 0, .05), (.92, 0, .12), (1, 0, .38)),
-         (GOLD, (.20, 0, .05), (.10, -.10, .05), (.20, -.20, .05), (.68, -.20, .05), (.80, -.10, .05), (.70, 0, .05)),
-         *((IVORY, (x, .09, .045), (x, -.24, .045)) for x in (.38, .47, .56)))),
-    'tuba': DemoInstrument((28, 58), (17, 9), ((230, 8),), .07, 2, -36,
-        1, (0, 0, 0), -14, (.02, .06, 20), ((.12, .16), (-.02, .30)), (-.14, .32),
-        ((GOLD, (-.13, .08, .07), (-.15, .38, .08), (0, .48, .11), (.14, .4, .12), (.17, -.12, .16), (.17, -.24, .4)),
-         coil(GOLD, 0, .25, .10, .05), (GOLD, (0, .02, .03), (-.06, .02, .03), (-.13, .08, .06)),
-         *((IVORY, (x, .18, .024), (x, .32, .024)) for x in (-.03, .01, .05))), seated=True),
-    'viola': DemoInstrument((48, 84), (9, 7), ((220, 6), (700, 8)), .05, 22, -30,
-        .48, (.02, .08, 22), -10, (.02, .36, -55), ((.94, 0), (.60, 0)), (.30, 0),
-        bowed(DARK_WOOD), bow=160, seated=True, offset=-.06),
-    'violin': DemoInstrument((55, 96), (7, 5), ((480, 5), (2800, 8)), .04, 26, -30,
-        .40, (.03, .05, -6), -14, (.06, .32, 50), ((.94, 0), (.58, 0)), (.30, 0),
-        bowed(WOOD), bow=140),
+    'bassoon': DemoInstrument(
+        register=(34, 72),
+        rolloff=(13, 7), formants=((480, 14), (1200, 6)),
+        attack=.03, vibrato=10, noise=-34,
+        seated=True,
+        play=(0, 0, 4), lift=-16, rest=(.02, .10, 24),
+        fingers=((.14, 0), (-.04, .30)), hold=(-.12, .40),
+        shapes=(
+            (MAROON, '-.20 .52 .075, .22 -.17 .055'),
+            (IVORY, '.21 -.16 .07, .23 -.20 .08'),
+            (SILVER, '0 0 .012, -.03 .01 .014, -.06 .07 .016, .01 .16 .018'),
+        ),
+    ),
+    'cello': DemoInstrument(
+        register=(36, 76),
+        rolloff=(8, 6), formants=((250, 6), (600, 5), (2000, 4)),
+        attack=.05, vibrato=22, noise=-32,
+        seated=True, offset=-.09, scale=.66,
+        play=(.04, .53, -86), lift=7, rest=(.10, .53, -66),
+        fingers=((.92, 0), (.52, 0)), hold=(.30, 0), bow=172,
+        shapes=(
+            (BLACK, '-.10 0 .02, 0 0 .02'),
+            *bowed(WOOD),
+        ),
+    ),
+    'clarinet': DemoInstrument(
+        register=(50, 91),
+        rolloff=(12, 7), formants=((1500, 4),), even=26,
+        attack=.03, vibrato=2, noise=-36,
+        offset=.13, scale=.44,
+        play=(0, 0, 118), lift=24, rest=(-.06, .20, 75),
+        fingers=((.70, 0), (.28, 0)), hold=(.60, 0),
+        shapes=(
+            (BLACK, '0 0 .05, .10 0 .09, .78 0 .10, .92 0 .15, 1 0 .30'),
+            *keys(SILVER, .05, .14, .25, .37, .49, .61, .72, .82),
+        ),
+    ),
+    'double_bass': DemoInstrument(
+        register=(28, 60),
+        rolloff=(9, 7), formants=((110, 8), (350, 5)),
+        attack=.06, vibrato=8, noise=-30,
+        offset=-.18, scale=.90,
+        play=(.17, .69, -93), lift=5, rest=(.20, .69, -79),
+        fingers=((.90, 0), (.52, 0)), hold=(.30, 0), bow=165,
+        shapes=(
+            (BLACK, '-.06 0 .015, 0 0 .015'),
+            *bowed(DARK_WOOD),
+        ),
+    ),
+    'flute': DemoInstrument(
+        register=(60, 96),
+        rolloff=(22, 12), formants=((900, 5),),
+        attack=.05, vibrato=25, noise=-22,
+        offset=.16, scale=.48,
+        play=(.04, 0, 172), lift=14, rest=(-.10, .24, 40),
+        fingers=((.84, 0), (.42, 0)), hold=(.28, 0),
+        shapes=(
+            (SILVER, '0 0 .065, 1 0 .065'),
+            *keys(BLACK, .025, .08, .40, .50, .60, .70, .80),
+        ),
+    ),
+    'horn': DemoInstrument(
+        register=(41, 77),
+        rolloff=(18, 9), formants=((340, 9),),
+        attack=.06, vibrato=3, noise=-38,
+        seated=True, offset=.08,
+        play=(0, 0, 0), lift=16, rest=(.06, .12, -30),
+        fingers=((.19, .27), (.04, .12)), hold=(-.20, .33),
+        shapes=(
+            (COPPER, coil(.05, .23, .135, .03)),
+            (COPPER, coil(.05, .23, .07, .024)),
+            (COPPER, '0 0 .018, .02 .05 .02, .12 .08 .025, .17 .18 .03'),
+            (COPPER, '.1 .11 .03, -.06 .1 .045, -.17 .22 .08, -.2 .29 .17, -.22 .33 .32'),
+        ),
+    ),
+    'oboe': DemoInstrument(
+        register=(58, 91),
+        rolloff=(9, 5), formants=((1050, 14), (2900, 9)),
+        attack=.03, vibrato=14, noise=-38,
+        seated=True, scale=.42,
+        play=(0, 0, 90), lift=-20, rest=(0, .28, 20),
+        fingers=((.72, 0), (.25, 0)), hold=(.62, 0),
+        shapes=(
+            (IVORY, '0 0 .03, .12 0 .03'),
+            (BLACK, '.12 0 .055, .9 0 .065, 1 0 .13'),
+            *keys(SILVER, .03, .25, .35, .45, .55, .65, .75),
+        ),
+    ),
+    'sax': DemoInstrument(
+        register=(49, 81),
+        rolloff=(9, 5), formants=((700, 6), (1700, 6)),
+        attack=.03, vibrato=18, noise=-28,
+        offset=.18,
+        play=(0, 0, 0), lift=16, rest=(-.02, .12, -24),
+        fingers=((-.08, .08), (-.14, .30)), hold=(-.10, .24),
+        shapes=(
+            (BLACK, '0 0 .02, -.03 -.01 .025'),
+            (GOLD, '-.03 -.01 .02, -.08 -.02 .025, -.08 .06 .04, -.12 .22 .055, -.16 .44 .07,'
+                   '-.24 .49 .08, -.29 .4 .09, -.30 .28 .11, -.33 .23 .20'),
+        ),
+    ),
+    'trombone': DemoInstrument(
+        register=(40, 72),
+        rolloff=(17, 6), formants=((600, 6),),
+        attack=.05, vibrato=3, noise=-40,
+        offset=.18, scale=.45,
+        play=(0, 0, 172), lift=12, rest=(-.05, .12, 118),
+        fingers=((.82, 0), (.40, 0)), hold=(.16, -.03),
+        shapes=(
+            (GOLD, '0 0 .03, .55 0 .03'),
+            (GOLD, '-.22 -.09 .03, .55 -.09 .03'),
+            (GOLD, '-.22 -.09 .04, -.36 -.22 .05, -.24 -.35 .05, .34 -.35 .10, .48 -.35 .42'),
+        ),
+        slide=(
+            (SILVER, '-.25 0 .04, .28 0 .04, .36 -.045 .04, .28 -.09 .04, -.25 -.09 .04'),
+            (SILVER, '0 0 .03, 0 -.09 .03'),
+        ),
+    ),
+    'trumpet': DemoInstrument(
+        register=(55, 82),
+        rolloff=(15, 3), formants=((1200, 8),),
+        attack=.03, vibrato=8, noise=-38,
+        offset=.17, scale=.46,
+        play=(0, 0, 172), lift=26, rest=(-.08, .24, 120),
+        fingers=((.34, -.10), (.62, -.10)), hold=(.28, -.12),
+        shapes=(
+            (GOLD, '0 0 .06, .05 0 .035, .80 0 .05, .92 0 .12, 1 0 .38'),
+            (GOLD, '.20 0 .05, .10 -.10 .05, .20 -.20 .05, .68 -.20 .05, .80 -.10 .05, .70 0 .05'),
+            (IVORY, '.38 .09 .045, .38 -.24 .045'),
+            (IVORY, '.47 .09 .045, .47 -.24 .045'),
+            (IVORY, '.56 .09 .045, .56 -.24 .045'),
+        ),
+    ),
+    'tuba': DemoInstrument(
+        register=(28, 58),
+        rolloff=(17, 9), formants=((230, 8),),
+        attack=.07, vibrato=2, noise=-36,
+        seated=True, offset=-.07,
+        play=(0, 0, 0), lift=-14, rest=(.02, .06, 20),
+        fingers=((.12, .16), (-.02, .30)), hold=(-.14, .32),
+        shapes=(
+            (GOLD, '-.13 .08 .07, -.15 .38 .08, 0 .48 .11, .14 .4 .12, .17 -.12 .16, .17 -.24 .4'),
+            (GOLD, coil(0, .25, .10, .05)),
+            (GOLD, '0 .02 .03, -.06 .02 .03, -.13 .08 .06'),
+            (IVORY, '-.03 .18 .024, -.03 .32 .024'),
+            (IVORY, '.01 .18 .024, .01 .32 .024'),
+            (IVORY, '.05 .18 .024, .05 .32 .024'),
+        ),
+    ),
+    'viola': DemoInstrument(
+        register=(48, 84),
+        rolloff=(9, 7), formants=((220, 6), (700, 8)),
+        attack=.05, vibrato=22, noise=-30,
+        seated=True, offset=-.11, scale=.44,
+        play=(.02, .08, 22), lift=-10, rest=(.02, .36, -55),
+        fingers=((.94, 0), (.60, 0)), hold=(.30, 0), bow=160,
+        shapes=bowed(DARK_WOOD),
+    ),
+    'violin': DemoInstrument(
+        register=(55, 96),
+        rolloff=(7, 5), formants=((480, 5), (2800, 8)),
+        attack=.04, vibrato=26, noise=-30,
+        offset=-.10, scale=.40,
+        play=(.03, .05, -6), lift=-14, rest=(.06, .32, 50),
+        fingers=((.94, 0), (.58, 0)), hold=(.30, 0), bow=140,
+        shapes=bowed(WOOD),
+    ),
 }
+
+
+# ------------------------------------------------------------------------------------ the sound
 
 Note = namedtuple('Note', 'start duration pitch loudness')    # seconds, seconds, MIDI, 0 ... 1
 REST = Note(0, 0, 0, 0)
-Player = namedtuple('Player', 'skin hair shirt x light')
 
 
 def stable_rng(*key):
@@ -129,11 +284,15 @@ def stable_rng(*key):
 def demo_melody(register, rng, end):
     """The notes of a piece up to `end` seconds: a random walk within the register, with rests."""
     low, high = register
-    pitch, notes = rng.uniform(low, high), []
+    pitch = rng.uniform(low, high)
+    notes = []
     for start in np.arange(0, end, BAR):
-        rest, two = rng.random() < REST_PROBABILITY, rng.random() < .5
+        rest = rng.random() < REST_PROBABILITY
+        one_note = rng.random() >= .5
         onsets = [rng.uniform(0, .12), rng.uniform(.32, .42), BAR]
-        for onset, until in zip(onsets, onsets[1:]) if two else [onsets[::2]]:
+        if one_note:
+            del onsets[1]
+        for onset, until in pairwise(onsets):
             pitch = low + abs(pitch + rng.normal(0, 4) - low)      # reflected at either end
             pitch = high - abs(high - pitch)
             loudness = rng.uniform(.05, 1)
@@ -154,6 +313,20 @@ def one_period(instrument, frequency, loud):
     return period / np.abs(period).max()
 
 
+def demo_tone(instrument, note, time, noise):
+    """The waveform of a note at `time` (seconds from its start), beside this noise."""
+    envelope = np.minimum(time / instrument.attack, (note.duration - time) / .05).clip(0, 1)
+    frequency = 440 * 2 ** ((note.pitch - 69) / 12)
+    vibrato = instrument.vibrato / 1200 * np.sin(2 * np.pi * 5.5 * time)
+    phase = np.cumsum(frequency * 2 ** vibrato) / DEMO_RATE
+    period = np.arange(4096) / 4096
+    soft = np.interp(phase, period, one_period(instrument, frequency, False), period=1)
+    loud = np.interp(phase, period, one_period(instrument, frequency, True), period=1)
+    bright = envelope * note.loudness                     # a louder tone is a brighter tone
+    tone = (1 - bright) * soft + bright * loud + noise
+    return .07 * (.8 / .07) ** note.loudness * envelope * tone
+
+
 def demo_sound(instrument, notes, moment, rng):
     """The waveform from `moment` (seconds) on: (22050,) float32 in [-1, 1]."""
     time = moment + np.arange(int(DURATION * DEMO_RATE)) / DEMO_RATE
@@ -161,39 +334,40 @@ def demo_sound(instrument, notes, moment, rng):
     wave = 10 ** (-70 / 20) * room
     noise = 10 ** (instrument.noise / 20) * signal.lfilter([.5], [1, -.5], noise)
     for note in notes:
-        inside = (time >= note.start) & (time < note.start + note.duration)
-        if not inside.any():
-            continue
-        t = time[inside] - note.start
-        envelope = np.clip(np.minimum(t / instrument.attack, (note.duration - t) / .05), 0, 1)
-        frequency = 440 * 2 ** ((note.pitch - 69) / 12)
-        vibrato = instrument.vibrato / 1200 * np.sin(2 * np.pi * 5.5 * t)
-        phase = np.cumsum(frequency * 2 ** vibrato) / DEMO_RATE
-        soft, loud = (np.interp(phase, np.arange(4096) / 4096, one_period(instrument, frequency, loud), period=1)
-                      for loud in (False, True))
-        bright = envelope * note.loudness                     # a louder tone is a brighter tone
-        tone = (1 - bright) * soft + bright * loud + noise[inside]
-        wave[inside] += .07 * (.8 / .07) ** note.loudness * envelope * tone
-    return np.clip(wave, -1, 1).astype(np.float32)
+        heard = (time >= note.start) & (time < note.start + note.duration)
+        if heard.any():
+            wave[heard] += demo_tone(instrument, note, time[heard] - note.start, noise[heard])
+    return wave.clip(-1, 1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------- the picture
+
+Player = namedtuple('Player', 'skin hair shirt')
+SKIN = (246, 208, 178), (232, 186, 150), (186, 128, 92), (128, 84, 60)
+HAIR = (36, 26, 22), (92, 56, 30), (206, 166, 92), (150, 146, 146)
+SHIRT = (240, 238, 232), (206, 214, 224), (222, 206, 196), (198, 216, 200)  # light, behind gold
+STANDING = (                # strokes of the legs, from the middle of the shoulders
+    (GREY, '-.05 .25 .10, -.05 .29 .10, -.06 .46 .09, -.07 .54 .075, -.07 .64 .07'),
+    (GREY, '.05 .25 .10, .05 .29 .10, .06 .46 .09, .07 .54 .075, .07 .64 .07'),
+)
+SITTING = (
+    (GREY, '-.05 .25 .10, -.05 .29 .10, -.15 .35 .09, -.14 .46 .075, -.14 .56 .07'),
+    (GREY, '.05 .25 .10, .05 .29 .10, .15 .35 .09, .14 .46 .075, .14 .56 .07'),
+)
 
 
 def demo_player(rng):
-    """Random looks; light shirts, so that every instrument stands out."""
-    skin, hair, shirt = (colours[rng.integers(4)] for colours in (
-        ((246, 208, 178), (232, 186, 150), (186, 128, 92), (128, 84, 60)),
-        ((36, 26, 22), (92, 56, 30), (206, 166, 92), (150, 146, 146)),
-        ((240, 238, 232), (206, 214, 224), (222, 206, 196), (198, 216, 200))))
-    return Player(skin, hair, shirt, x=rng.uniform(.48, .52), light=rng.uniform(.9, 1.2))
+    """Random looks."""
+    return Player(*(colours[rng.integers(4)] for colours in (SKIN, HAIR, SHIRT)))
 
 
-@lru_cache(maxsize=8)
-def empty_stage(light, size):
-    """A blue curtain with folds and a wooden floor, darker at the edges: PIL RGB image, size x size."""
+@lru_cache
+def empty_stage(size):
+    """A blue curtain with folds and a wooden floor, darker at the edges: (size, size, 3) floats."""
     y, x = np.mgrid[:size, :size][..., None] / size
     folds = 1 + .22 * np.sin(50 * x + 1.5 * np.sin(5 * x))
-    spot = light * (1 - .8 * ((x - .5) ** 2 + (y - .45) ** 2))
-    picture = spot * np.where(y > .88, (128, 90, 66), folds * (34, 66, 150))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    spot = 1 - .8 * ((x - .5) ** 2 + (y - .45) ** 2)
+    return spot * np.where(y > .88, (128, 90, 66), folds * (34, 66, 150))
 
 
 def place(points, x, y, angle, scale=1.0):
@@ -204,63 +378,87 @@ def place(points, x, y, angle, scale=1.0):
     return points
 
 
+def place_shapes(shapes, pose, shift=(0, 0)):
+    """The strokes (colour, points (n, 3)) of these shapes in the picture."""
+    placed = []
+    for colour, text in shapes:
+        points = np.array([point.split() for point in text.split(',')], float)
+        placed.append((colour, place(points + (*shift, 0), *pose)))
+    return placed
+
+
 def draw_stroke(draw, colour, points):
     """Draw a smooth stroke through points (n, 3) = (x, y, width), with a dark outline."""
-    points, canvas = np.array(points, float), draw.im.size[0]
-    for _ in range(2 if len(points) > 2 else 0):              # Chaikin's corner cutting
-        a, b = points[:-1], points[1:]
-        cut = np.stack([.75 * a + .25 * b, .25 * a + .75 * b], 1).reshape(-1, 3)
-        points = np.concatenate([points[:1], cut, points[-1:]])
-    for fill, margin in ((tuple(int(.45 * c) for c in colour), .009), (colour, 0)):
-        centre, half = points[:, :2] * canvas, (points[:, 2:] / 2 + margin) * canvas
+    points = np.array(points, float)
+    canvas = draw.im.size[0]
+    if len(points) > 2:
+        for _ in range(2):                                    # Chaikin's corner cutting
+            a, b = points[:-1], points[1:]
+            cut = np.stack([.75 * a + .25 * b, .25 * a + .75 * b], 1).reshape(-1, 3)
+            points = np.concatenate([points[:1], cut, points[-1:]])
+    outline = tuple(int(.45 * c) for c in colour)
+    for fill, margin in ((outline, .009), (colour, 0)):
+        centre = points[:, :2] * canvas
+        half = (points[:, 2:] / 2 + margin) * canvas
         if len(points) == 1:
             draw.ellipse([*(centre - half)[0], *(centre + half)[0]], fill)
             continue
         dx, dy = np.gradient(centre, axis=0).T
         normal = np.stack([dy, -dx], 1) / np.hypot(dx, dy)[:, None]
-        left, right = (centre + normal * half).tolist(), (centre - normal * half).tolist()
-        for i in range(len(points) - 1):                      # piece by piece, as a coil overlaps
-            draw.polygon([*left[i], *left[i + 1], *right[i + 1], *right[i]], fill)
+        left = centre + normal * half
+        right = centre - normal * half
+        pieces = np.stack([left[:-1], left[1:], right[1:], right[:-1]], 1)
+        for corners in pieces.reshape(-1, 8).tolist():        # one by one, as a coil overlaps
+            draw.polygon(corners, fill)
 
 
 def bent_arm(shoulder, hand, side):
     """The stroke of an arm on `side` (-1 or 1), its elbow down and outwards."""
     reach = np.hypot(*(hand - shoulder))
-    across = (hand - shoulder)[::-1] * (-1, 1) * np.sqrt(max((.15 / reach) ** 2 - .25, 0))
-    elbow = (shoulder + hand) / 2 + across * (1 if across @ (.6 * side, 1) > 0 else -1)
-    return [(*shoulder, .065), (*elbow, .06), (*elbow, .06), (*hand, .045)]
+    bend = np.sqrt(max((.15 / reach) ** 2 - .25, 0))
+    across = (hand - shoulder)[::-1] * (-1, 1) * bend
+    if across @ (.6 * side, 1) <= 0:
+        across = -across
+    elbow = (shoulder + hand) / 2 + across
+    return np.column_stack([(shoulder, elbow, elbow, hand), (.065, .06, .06, .045)])
 
 
-def demo_picture(instrument, player, note, sway, size):
-    """The player during `note` (or REST), `sway` beside the usual place: PIL RGB image, size x size."""
+def demo_picture(instrument, player, note, size):
+    """The player during `note` (or REST): PIL RGB image, size x size."""
     factor = max(2, -(-256 // size))              # drawn larger, then averaged: anti-aliasing
-    image = empty_stage(player.light, size * factor).copy()
+    light = np.interp(note.loudness, (0, 1), LIGHT)
+    stage = (light * empty_stage(size * factor)).clip(0, 255)
+    image = Image.fromarray(stage.astype(np.uint8))
     stroke = partial(draw_stroke, ImageDraw.Draw(image))
-    seated, playing = instrument.seated, note is not REST
+    height = .5
+    if note is not REST:
+        height = np.interp(note.pitch, instrument.register, (0, 1))
+    x = .5 + instrument.offset + STEP * (2 * height - 1)
+    neck, legs = .31, STANDING
+    if instrument.seated:
+        neck, legs = .39, SITTING
+    body = [
+        *legs,
+        (player.shirt, '0 -.02 .06, 0 0 .20, 0 .08 .22, 0 .31 .17'),
+        (player.hair, '0 -.113 .155'),
+        (player.skin, '0 -.083 .125'),
+        (BLACK, '-.024 -.09 .006'),
+        (BLACK, '.024 -.09 .006'),
+    ]
+    for colour, points in place_shapes(body, (x, neck, 0)):
+        stroke(colour, points)
 
-    x, neck = player.x + instrument.offset + sway, .39 if seated else .31
-    head, hip = neck - .095, neck + .29
-    for side in (-1, 1):
-        thigh, knee, foot = (x + side * out for out in ((.05, .15, .14) if seated else (.05, .06, .07)))
-        stroke(GREY, [(thigh, hip - .04, .10), (thigh, hip, .10), (knee, hip + .06 if seated else .77, .09),
-                      (foot, .85, .075), (foot, .95, .07)])
-    stroke(player.shirt, [(x, neck - .02, .06), (x, neck, .20), (x, neck + .08, .22), (x, hip + .02, .17)])
-    stroke(player.hair, [(x, head - .018, .155)])
-    stroke(player.skin, [(x, head + .012, .125)])
-    for side in (-1, 1):
-        stroke(BLACK, [(x + side * .024, head + .005, .006)])
-
-    # What is heard: loudness turns the instrument and draws the bow, pitch moves the fingers.
-    height = np.interp(note.pitch, instrument.register, (0, 1))
-    dx, dy, angle = instrument.play if playing else instrument.rest
-    pose = x + dx, head + .045 + dy, angle + instrument.lift * note.loudness, instrument.scale
+    # Loudness turns the instrument and draws the bow, pitch moves the fingers.
+    dx, dy, angle = instrument.rest if note is REST else instrument.play
+    pose = x + dx, neck - .05 + dy, angle + instrument.lift * note.loudness, instrument.scale
     fingers = np.array([1 - height, height]) @ instrument.fingers
     hands = place([fingers, instrument.hold], *pose)
-    strokes = [(colour, place(points, *pose)) for colour, *points in instrument.shapes]
-    strokes += [(colour, place(np.add(points, (*fingers, 0)), *pose)) for colour, *points in instrument.slide]
+    strokes = place_shapes(instrument.shapes, pose) + place_shapes(instrument.slide, pose, fingers)
     if instrument.bow is not None:
+        bow = *hands[1], instrument.bow
+        if note is REST:
+            bow = x - .17, neck + .22, -75                    # hanging down at the side
         grip = .05 + .22 * note.loudness
-        bow = (*hands[1], instrument.bow) if playing else (x - .17, neck + .22, -75)     # hanging down at the side
         hands[1], tip = place([(grip, 0), (grip - .40, 0)], *bow)
         strokes.append((IVORY, [(*hands[1], .016), (*tip, .016)]))
 
@@ -275,41 +473,56 @@ def demo_picture(instrument, player, note, sway, size):
     return image.reduce(factor)
 
 
+# ------------------------------------------------------------------------------------ the pairs
+
 def demo_pair(instrument, split, piece, moment, seed=0, size=256):
-    """Half a second of a piece from `moment` (seconds) on, and its player at that moment, as Sub-URMP has it.
+    """Half a second of a piece from `moment` (seconds) on, and its player at that moment.
 
     Returns the waveform, (22050,) float32 in [-1, 1] at 44,100 Hz, and a PIL RGB image.
     """
-    rng, instrument = stable_rng(seed, split, instrument, piece), DEMO_INSTRUMENTS[instrument]
-    player = demo_player(rng)
+    player = demo_player(stable_rng(seed, instrument))
+    rng = stable_rng(seed, split, instrument, piece)
+    instrument = DEMO_INSTRUMENTS[instrument]
     notes = demo_melody(instrument.register, rng, moment + DURATION)
-    shown = next((note for note in notes if note.start <= moment < note.start + note.duration), REST)
+    shown = REST
+    for note in notes:
+        if note.start <= moment < note.start + note.duration:
+            shown = note
     waveform = demo_sound(instrument, notes, moment, rng)
-    return waveform, demo_picture(instrument, player, shown, rng.uniform(-.01, .01), size)
+    return waveform, demo_picture(instrument, player, shown, size)
 
 
-def write_demo(directory, train=40, validation=12, size=256, seed=0):
-    """Write `train` and `validation` pairs of each instrument, laid out as Sub-URMP is: chunk/<split>/<instrument>/
-    <stem>.wav and img/.../<stem>.jpg, the stem <instrument><piece>_<milliseconds>. The same arguments, the same bytes.
+def write_demo(directory, train=100, validation=16, size=256, seed=0):
+    """Write `train` and `validation` pairs of each instrument, laid out as Sub-URMP is:
+    chunk/<split>/<instrument>/<stem>.wav and img/.../<stem>.jpg, the stem
+    <instrument><piece>_<milliseconds>. The same arguments, the same bytes.
     """
     counts = {'train': train, 'validation': validation}
-    plan = [(split, name, i) for split in counts for name in DEMO_INSTRUMENTS for i in range(counts[split])]
-    progress = Progress()
-    for done, (split, name, i) in enumerate(plan, 1):
-        bar, piece = divmod(i, len(PIECES[split]))
-        moment, piece = bar * BAR + START, PIECES[split][piece]
-        waveform, picture = demo_pair(name, split, piece, moment, seed, size)
-        stem = f'{split}/{name}/{name}{piece:02d}_{round(1000 * moment)}'
-        sound, image = Path(directory, f'chunk/{stem}.wav'), Path(directory, f'img/{stem}.jpg')
-        for path in (sound, image):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        wavfile.write(sound, DEMO_RATE, np.round(32767 * waveform).astype(np.int16))
-        picture.save(image, quality=92)
-        progress(f'demo data: {done} of {len(plan)} pairs drawn', last=done == len(plan))
+    plan = [(split, name) for split in counts for name in DEMO_INSTRUMENTS]
+    total = (train + validation) * len(DEMO_INSTRUMENTS)
+    progress, done = Progress(), 0
+    for split, name in plan:
+        sounds = Path(directory, 'chunk', split, name)
+        pictures = Path(directory, 'img', split, name)
+        for folder in (sounds, pictures):
+            folder.mkdir(parents=True, exist_ok=True)
+        for i in range(counts[split]):
+            bar, piece = divmod(i, len(PIECES[split]))
+            moment, piece = bar * BAR + START, PIECES[split][piece]
+            waveform, picture = demo_pair(name, split, piece, moment, seed, size)
+            stem = f'{name}{piece:02d}_{round(1000 * moment)}'
+            samples = np.round(32767 * waveform).astype(np.int16)
+            wavfile.write(sounds / f'{stem}.wav', DEMO_RATE, samples)
+            picture.save(pictures / f'{stem}.jpg', quality=92)
+            done += 1
+            progress(f'demo data: {done} of {total} pairs drawn', last=done == total)
 
 
 def demo_data(size, cache=None):
-    """The folder of the demo data at size x size, below the cache; written once. Raises InputError if it cannot be."""
+    """The folder of the demo data at size x size, below the cache; written once.
+
+    Raises InputError if it cannot be.
+    """
     folder = Path(cache or default_cache()) / f'demo-v{DEMO_VERSION}-{size}'
     if not folder.exists():
         with writing(folder):
@@ -320,9 +533,10 @@ def demo_data(size, cache=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('directory', metavar='DIR', help='the new folder to write')
-    parser.add_argument('--size', type=int, default=256, metavar='N', help='side of the pictures in pixels')
+    parser.add_argument('--size', type=int, default=256, metavar='N', help='pixels a side')
     args = parser.parse_args(argv)
     if args.size < 1:
         parser.error('--size must be at least 1')

@@ -1,148 +1,109 @@
-"""What runs of CAR-GAN have learned: the paper's Tables 1 and 2 and its Figures 4 to 6.
+"""Measure runs of CAR-GAN: the paper's Tables 1 and 2 and its Figures 4 to 6.
 
     python evaluate.py                     # the newest run below runs/
-    python evaluate.py runs/paper          # any run: a folder that train.py made
-    python evaluate.py runs/A runs/B ...   # several side by side, or all of a folder; seeds as mean +- deviation
-    python evaluate.py --audio clip.wav --out clip.gif      # the pictures for a recording of your own
+    python evaluate.py runs/NAME           # any run: a folder that train.py made
+    python evaluate.py runs/paper          # all runs of a folder that are done, side by side
+    python evaluate.py runs/A runs/B       # some by name; of several seeds the mean +- deviation
 
-Every clip of both splits goes through G1 and G2. The run's own classifier C says what the pictures show, as in the
-paper, and so does an independent classifier that guided no training; controls say what would score without a model.
-Writes metrics.json, grid.png, failures.png and report.html into the run; beside several, tables, figures and a page.
+Every clip of both splits goes through G1 and G2. The run's own classifier C says what the pictures
+show, as in the paper, and so does an independent classifier that guided no training; controls say
+what would score without a model. Writes metrics.json, grid.png, failures.png and report.html into
+the run, of a folder of runs also tables, figures and a page into the folder. A run is measured
+again only where its weights, the data or the independent classifier are others than before.
 """
 import argparse
-import copy
-import hashlib
 import json
+import math
 import os
-import re
 import sys
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
+from statistics import mode
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from baselines import BASELINES, AudioClassifier
-from cargan import CARGAN, VARIANTS, Classifier
-from demo import demo_data
-from preprocess import (as_saved, draw_grid, example_clips, example_pictures, generate_recording, hold_out,
-                        open_dataset, picture, random_frames, read_wav, recording_lms)
-from report import (RECORDING_ENDINGS, failure_grid, paper_figures, paper_tables, report_text, save_recording,
-                    write_folder_page, write_page)
-from runs import (InputError, Progress, choose_device, default_cache, load_config, load_file, load_state, reason,
-                  run_command, save_file, writing, written_whole)
+from baselines import BASELINES
+from cargan import VARIANTS
+from generate import (as_saved, draw_grid, draw_sounds, example_clips, example_pictures,
+                      lms_picture, load_run, open_run_data, paper_figures, picture)
+from report import paper_tables, report_text, write_folder_page, write_page
+from runs import (InputError, Progress, choose_device, default_cache, digest, epochs_done,
+                  load_config, load_file, reason, run_command, write_text)
+from train import get_audio_classifier, kept_beside
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
-CLASSIFIERS_VERSION, CLASSIFIERS_SEED = 5, 190701826    # of those beside the cache; raised when trained otherwise
-SEEDS_OWN = ('seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'save_minutes', 'made')
+INDEPENDENT_KEY = 'independent 6'       # raised when that classifier is trained otherwise
+SUFFIX = {'inception': '', 'independent': '_independent'}       # of metrics in a network's space
+NEAR_SILENT = -40.0     # dB of Split.loudness: the demo's music is above -15, its rests below -50
+SEEDS_OWN = {'seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'made', 'resume',
+             'sample_every'}        # settings in which the runs of one column may differ
 
 
-# ------------------------------------------------------------------------------------- a run, loaded
-
-def load_run(run, device='cpu'):
-    """A run's settings, its model in eval mode, and how far it was trained: (config, model, dict(epoch=, steps=)).
-
-    From model.pt or, before the training has ended, checkpoint.pt, and the classifier file that it names. Raises
-    InputError where one of them is no good, or the classifier is not the one the run was trained with.
-    """
-    config, run = load_config(run), Path(run)
-    path = run / ('model.pt' if (run / 'model.pt').exists() else 'checkpoint.pt')
-    state = load_file(path, mmap=True, model=dict, classifier=str, classifier_digest=str, epoch=int, steps=int)
-    source = run / state['classifier']
-    try:
-        classifier = Classifier(len(config['classes']), pretrained=False)
-        model = make_model(config['variant'], len(config['classes']), config['size'], config['base'],
-                           config['lms_channels'], classifier)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
-    load_state(classifier, load_file(source, classifier=dict)['classifier'], source)
-    if digest(classifier) != state['classifier_digest']:
-        raise InputError(f'{source}: not the classifier that {path} was trained with; put that one back')
-    load_generators(model, state.get('average') or state['model'], path)
-    return config, model.to(device).eval(), dict(epoch=state['epoch'], steps=state['steps'])
-
-
-def make_model(variant, num_classes, size, base, lms_channels, classifier=None, dropout=0.5, init_std=0.2, audio=None):
-    """CARGAN or one of the baselines; `audio`, S2IC's audio classifier, comes with its weights where these are loaded.
-    """
-    if variant not in BASELINES:
-        return CARGAN(num_classes, size, base, variant, lms_channels, classifier, dropout, init_std)
-    more = dict(audio=audio) if variant == 'S2IC' else {}
-    return BASELINES[variant][0](num_classes, size, base, lms_channels, classifier, init_std=init_std, **more)
-
-
-def load_generators(model, state, path):
-    """Load the weights that a run keeps, all but C's. Raises InputError where they are another network's."""
-    load_state(model, {**model.residue.state_dict(prefix='residue.'), **state}, path)
-
-
-def digest(network):
-    """A name for a network's weights: they are the same where it is."""
-    weights = b''.join(tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()
-
-
-def open_run_data(config, data=None, cache=None):
-    """The dataset that a run was trained on, or `data` with the same classes."""
-    data = data or config['data'] or demo_data(config['size'], cache or config['cache'])
-    dataset = open_dataset(data, config['size'], cache or config['cache'])
-    if dataset.classes != config['classes'] or dataset.lms_channels != config['lms_channels']:
-        raise InputError(f'{data}: its classes or its kind of LMS are not those the run was trained on')
-    return dataset
-
-
-# ------------------------------------------------------- FID's Inception network, distances and score
+# ----------------------------------------------------- FID's Inception network, distances and score
 
 class LastMixed(torchvision.models.inception.InceptionE):
     """The last block, which pools the maximum."""
 
-    def _forward(self, x):                                           # (B, 2048, 8, 8)
+    def _forward(self, x):                                          # (B, 2048, 8, 8)
         *branches, _ = super()._forward(x)
-        return [*branches, self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))]
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+        return [*branches, self.branch_pool(pooled)]
 
 
 class InceptionV3(torchvision.models.Inception3):
-    """Inception-v3 (Szegedy et al. 2015) as in the TensorFlow graph of 2015-12-05 that FID is defined on.
+    """Inception-v3 (Szegedy et al. 2015) as in the TensorFlow graph of 2015-12-05 that FID is
+    defined on.
 
-    Maps images (B, 3, H, W) in [0, 1], RGB, to (features (B, 2048), logits (B, 1008)). It differs from torchvision's
-    in that average pooling does not count the padding, and in its last block. The logits lack the last layer's bias,
-    though its weights have one: the reference of the Inception score leaves it out, other ports keep it. The names
-    are those of pytorch-fid's state_dict.
+    Maps images (B, 3, H, W) in [0, 1], RGB, to (features (B, 2048), logits (B, 1008)). It differs
+    from torchvision's in that average pooling does not count the padding, and in its last block.
+    The logits lack the last layer's bias, though its weights have one: the reference of the
+    Inception score leaves it out, other ports keep it. The names are those of pytorch-fid's
+    state_dict.
     """
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        self.Mixed_7c = LastMixed(2048)
         for block in self.children():
-            if hasattr(block, 'branch_pool') and block is not self.Mixed_7c:
+            if hasattr(block, 'branch_pool'):
                 block.branch_pool.register_forward_pre_hook(self.leave_padding_out)
+        self.Mixed_7c = LastMixed(2048)
 
     @staticmethod
     def leave_padding_out(_, pooled):
-        """From the mean over 3x3 pixels, zeros around the map among them, to the mean over those of the map."""
-        return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1)
+        """From the mean over 3x3 pixels, zeros around the map among them, to that of the map's."""
+        share = F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, stride=1, padding=1)
+        return pooled[0] / share
 
-    def forward(self, images):                                       # (B, 3, H, W) in [0, 1]
-        x = 2 * F.interpolate(images, size=(299, 299), mode='bilinear', align_corners=False) - 1    # (B, 3, 299, 299)
+    def forward(self, images):                                      # (B, 3, H, W) in [0, 1]
+        x = F.interpolate(images, size=(299, 299), mode='bilinear', align_corners=False)
         *layers, fc = self.children()
-        features = nn.Sequential(*layers)(x).flatten(1)              # (B, 2048)
-        return features, features @ fc.weight.T                      # (B, 2048), (B, 1008)
+        features = nn.Sequential(*layers)(2 * x - 1).flatten(1)     # (B, 2048)
+        return features, features @ fc.weight.T                     # (B, 2048), (B, 1008)
 
 
 def inception(path=None):
-    """FID's Inception network in eval mode, frozen, on the CPU. Its weights are in the file `path`, else in torch.hub's
-    cache, else downloaded there. Raises InputError, naming the file, where they cannot be had or are another network's.
+    """FID's Inception network in eval mode, frozen, on the CPU. Its weights are in the file `path`,
+    else in torch.hub's cache, else downloaded there. Raises InputError, naming the file, where they
+    cannot be had or are another network's.
     """
-    network, cached = InceptionV3(), Path(torch.hub.get_dir(), 'checkpoints', Path(INCEPTION_URL).name)
+    cached = Path(torch.hub.get_dir(), 'checkpoints', Path(INCEPTION_URL).name)
     try:
-        network.load_state_dict(load_file(path) if path else torch.hub.load_state_dict_from_url(
-            INCEPTION_URL, map_location='cpu', check_hash=True, weights_only=True))
-    except Exception as error:      # no file, no network, a broken file, other weights: torch answers with many kinds
-        raise InputError(f"{path or cached}: FID's Inception is not to be had ({reason(error)}); it is at "
-                         f'{INCEPTION_URL}: fetch it and give it with --inception PATH') from error
+        if path:
+            state = load_file(path)
+        else:
+            state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location='cpu',
+                                                       check_hash=True, weights_only=True)
+        network = InceptionV3()
+        network.load_state_dict(state)
+    except Exception as error:      # torch answers a broken file or network with many kinds
+        raise InputError(f"{path or cached}: FID's Inception is not to be had ({reason(error)}); "
+                         f'it is at {INCEPTION_URL}: fetch it and give it with --inception PATH'
+                         ) from error
     return network.eval().requires_grad_(False)
 
 
@@ -151,449 +112,556 @@ def frechet_distance(features_a, features_b):
 
         |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr sqrt(S_a S_b)
 
-    of features (n, d) and (m, d), arrays or tensors, in float64. With S_a = A^T A and S_b = B^T B, tr sqrt(S_a S_b)
-    is the sum of the singular values of A B^T: there is no matrix root to be lost in complex numbers where n <= d.
-    Raises ValueError for fewer than two rows, two different d, and values that are not finite.
+    of features (n, d) and (m, d), arrays or tensors, in float64. With S_a = A^T A and S_b = B^T B,
+    tr sqrt(S_a S_b) is the sum of the singular values of A B^T: there is no matrix root to be lost
+    in complex numbers where n <= d. Raises ValueError for fewer than two rows, two different d, and
+    values that are not finite.
     """
     a, b = _checked(features_a, features_b)
-    mu_a, mu_b = a.mean(dim=0), b.mean(dim=0)                        # (d,)
+    mu_a, mu_b = a.mean(dim=0), b.mean(dim=0)                       # (d,)
     # R of a QR decomposition has R^T R = x^T x, and no more than d rows
-    A, B = (torch.linalg.qr(x, mode='r').R / (len(x) - 1) ** 0.5 for x in (a - mu_a, b - mu_b))
+    A = torch.linalg.qr(a - mu_a, mode='r').R / (len(a) - 1) ** 0.5
+    B = torch.linalg.qr(b - mu_b, mode='r').R / (len(b) - 1) ** 0.5
     overlap = torch.linalg.svdvals(A @ B.T).sum()
-    distance = (mu_a - mu_b).square().sum() + A.square().sum() + B.square().sum() - 2 * overlap
-    return max(0.0, distance.item())                                 # of equals: 0 but for rounding
+    traces = A.square().sum() + B.square().sum()
+    distance = (mu_a - mu_b).square().sum() + traces - 2 * overlap
+    return max(0.0, distance.item())                                # of equals: 0 but for rounding
 
 
 def _checked(*sets):
     """Sets of features as float64 tensors on the CPU, or ValueError."""
     sets = [torch.as_tensor(x).detach().cpu().double() for x in sets]
-    if any(x.ndim != 2 or len(x) < 2 or x.shape[1] != sets[0].shape[1] or not x.isfinite().all() for x in sets):
-        raise ValueError(f'features of shape {" and ".join(str(tuple(x.shape)) for x in sets)}, not (rows, d) of '
-                         'finite numbers with one d and at least 2 rows')
+    for x in sets:
+        fits = x.ndim == 2 and len(x) >= 2 and x.shape[1] == sets[0].shape[1]
+        if not fits or not x.isfinite().all():
+            raise ValueError(f'features {tuple(x.shape)}: not (rows, d) of finite numbers with one '
+                             'd and at least 2 rows')
     return sets
 
 
-def kernel_distance(features_a, features_b):
-    """The kernel distance, KID for Inception's features (Binkowski et al. 2018), on all rows: the unbiased estimate
-    of MMD^2 with the kernel k(x, y) = (x.y / d + 1)^3, in float64. It may be negative and means something for small
-    sets too. Features and ValueError as for frechet_distance().
+def kernel_distance(features_a, features_b, within_b=None):
+    """The kernel distance, KID for Inception's features (Binkowski et al. 2018), on all rows: the
+    unbiased estimate of MMD^2 with the kernel k(x, y) = (x.y / d + 1)^3, in float64. It may be
+    negative and means something for small sets too. Features and ValueError as for
+    frechet_distance(); `within_b` is kernel_mean(features_b), where it is known.
     """
     a, b = _checked(features_a, features_b)
+    if within_b is None:
+        within_b = kernel_mean(b)
+    between = sum(_kernel(rows, b).sum().item() for rows in a.split(1024))
+    return kernel_mean(a) + within_b - 2 * between / (len(a) * len(b))
 
-    def kernel_sum(x, y):
-        return sum((rows @ y.T / x.shape[1] + 1).pow(3).sum().item() for rows in x.split(1024))    # (1024, m) at once
 
-    def between_others(x):      # the mean of k(x_i, x_j), i != j
-        itself = (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum().item()
-        return (kernel_sum(x, x) - itself) / (len(x) * (len(x) - 1))
+def kernel_mean(features):
+    """The mean of k(x_i, x_j), i != j, over features (n, d)."""
+    x, = _checked(features)
+    total = 0.0
+    for start in range(0, len(x), 1024):        # k is symmetric: j > i is half of it
+        total += _kernel(x[start:start + 1024], x[start:]).triu(1).sum().item()
+    return 2 * total / (len(x) * (len(x) - 1))
 
-    return between_others(a) + between_others(b) - 2 * kernel_sum(a, b) / (len(a) * len(b))
+
+def _kernel(x, y):
+    return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 
 def inception_score(probabilities, splits=10):
-    """The Inception score (Salimans et al. 2016), exp(E KL(p(y|x) || p(y))), as (mean, std) over splits.
+    """The Inception score (Salimans et al. 2016), exp(E KL(p(y|x) || p(y))), as (mean, std) over
+    splits.
 
-    `probabilities` (n, K), array or tensor, are p(y|x) of n images; the splits follow one another and are of nearly
-    equal size. Raises ValueError for fewer rows than splits, or rows that are no distributions.
+    `probabilities` (n, K), array or tensor, are p(y|x) of n images; the splits follow one another
+    and are of nearly equal size. Raises ValueError for fewer rows than splits, or rows that are no
+    distributions.
     """
     p = torch.as_tensor(probabilities).detach().cpu().double()
-    if splits < 1 or p.ndim != 2 or len(p) < splits or not (p.min() >= 0 and (p.sum(dim=1) - 1).abs().max() < 1e-3):
-        raise ValueError(f'{tuple(p.shape)}: not rows of probabilities, or too few of them for {splits} splits')
-    entr = torch.special.entr                                        # -p log p
-    # E KL is the entropy of y less that of y given x: no quotient of two vanishing probabilities
-    scores = torch.stack([entr(part.mean(dim=0)).sum() - entr(part).sum(dim=1).mean()
-                          for part in p.tensor_split(splits)]).exp()
+    enough = p.ndim == 2 and len(p) >= splits >= 1
+    if not enough or not (p.min() >= 0 and (p.sum(dim=1) - 1).abs().max() < 1e-3):
+        raise ValueError(f'{tuple(p.shape)}: not rows of probabilities, or too few of them for '
+                         f'{splits} splits')
+    entropy, gains = torch.special.entr, []                         # of each part: -p log p
+    for part in p.tensor_split(splits):
+        # E KL is the entropy of y less that of y given x: no quotient of vanishing probabilities
+        gains.append(entropy(part.mean(dim=0)).sum() - entropy(part).sum(dim=1).mean())
+    scores = torch.stack(gains).exp()
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-# -------------------------------------------------------------------------------------- classifiers
+def match_accuracy(pictures, truth, labels):
+    """How often a picture is nearer (L1) to its own true frame than to that of another clip of its
+    class: the share of all ordered pairs of clips of one class, where ties count one half. In terms
+    of retrieval: R@1 with two candidates, the own frame and one other. Deaf models have 0.5.
 
-def train_classifier(classifier, dataset, name='classifier', epochs=20, lr=1e-3, batch_size=32, seed=0, device='cpu',
-                     gpus=(), part=None, source=1, check=lambda: None):
-    """Train a classifier on the real frames of nine tenths of train, with a rate that falls to zero. The last epoch of
-    those that recognise most of the other tenth counts, the very last one where no class has ten pairs.
-
-    source: which tensor of a batch to classify, 1 the image, 0 the LMS. After each epoch the file `part` is written,
-    from which the training goes on where it is there; after each step check() is called. Leaves the classifier at that
-    epoch and returns dict(classifier=its state, classes=, accuracy=on validation, held_out=on the tenth or None,
-    epoch=). Raises InputError where the loss is not finite.
+    pictures and truth are (n, ...), labels (n,). None where no class has two clips.
     """
-    kept, tenth = (dataset.train.subset(indices) for indices in hold_out(dataset.train.labels, seed))
-    parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
-    groups = getattr(classifier, 'parameter_groups', classifier.parameters)()       # weight decay of some
-    optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
-    progress, steps, best, begun = Progress(sys.stdout), kept.count(batch_size, least=2), {}, 1
-    if part is not None and part.exists():
-        state = load_file(part, classifier=dict, optimizer=dict, best=dict, epoch=int)
-        load_state(classifier, state['classifier'], part)
-        load_state(optimizer, state['optimizer'], part)
-        best, begun = state['best'], state['epoch'] + 1
-    for epoch in range(begun, epochs + 1):
-        torch.manual_seed(seed + epoch)         # for dropout, where a classifier has some
-        classifier.train()
-        for step, batch in enumerate(kept.batches(batch_size, device, seed + epoch, least=2), 1):
-            for group in optimizer.param_groups:        # where it stopped early, C misled G1 on photographs
-                group['lr'] = lr * (1 - ((epoch - 1) * steps + step - 1) / (epochs * steps))
-            loss = F.cross_entropy(parallel(batch[source]), batch[2])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if progress.due():
-                progress(f'{name} epoch {epoch}/{epochs}  step {step}/{steps}  loss {loss.item():.4f}')
-            check()
-        if not loss.isfinite():
-            raise InputError(f'{name}: its loss is {loss.item()}; another --seed or --classifier FILE may help')
-        found = measure_accuracy(classifier.eval(), tenth, batch_size, device, source) if len(tenth) else None
-        progress(f'{name} epoch {epoch}/{epochs}  loss {loss.item():.4f}'
-                 + (f'  accuracy {found:.4f} on a tenth of train' if len(tenth) else ''), last=epoch == epochs)
-        if found is None or found >= best.get('held_out', -1):
-            best = dict(classifier=copy.deepcopy(classifier.state_dict()), held_out=found, epoch=epoch)
-        if part is not None:
-            save_file(dict(classifier=classifier.state_dict(), optimizer=optimizer.state_dict(), best=best,
-                           epoch=epoch), part)
-    classifier.load_state_dict(best['classifier'])
-    optimizer.zero_grad()               # the gradients would stay for as long as the classifier does
-    found = measure_accuracy(classifier.eval(), dataset.validation, batch_size, device, source)
-    print(f'{name}: accuracy {found:.4f} on validation after epoch {best["epoch"]}', flush=True)
-    return dict(best, classes=dataset.classes, accuracy=found)
+    ahead, pairs = 0, 0
+    for label in labels.unique():
+        clips = of_class(labels, label)
+        x, y = pictures[clips].flatten(1).float(), truth[clips].flatten(1).float()
+        distances = torch.cdist(x, y, p=1)                          # (clips, clips)
+        own = distances.diagonal()[:, None]
+        ahead += (distances - own).sign().sum().item()              # 1 for a hit, 0 for a tie
+        pairs += len(clips) * (len(clips) - 1)
+    return 0.5 + ahead / pairs / 2 if pairs else None
 
 
-def get_classifier(args, dataset, path, device, gpus=(), check=lambda: None):
-    """C: the classifier in the file `path`, that of --classifier, or one trained now and kept in `path`.
-    Raises InputError where the file is of other classes, or ImageNet's weights cannot be had.
-    """
-    part, source = path.with_name('classifier-part.pt'), path if path.exists() else args.classifier
-    state = load_file(source) if source else {}
-    torch.manual_seed(args.seed)
-    if 'classifier' in state:
-        if state.get('classes') != dataset.classes:
-            raise InputError(f'{source}: a classifier of other classes than those of {args.data}')
-        classifier = Classifier(len(dataset.classes), pretrained=False)
-        load_state(classifier, state['classifier'], source)
-        print(f'classifier: {source}, accuracy {state["accuracy"]:.4f} on the validation frames')
-    else:
-        try:
-            classifier = Classifier(len(dataset.classes), pretrained=source or args.pretrained).to(device)
-        except Exception as error:
-            raise InputError(f"{source or 'the ImageNet weights of ResNet50'}: not to be had ({reason(error)}); give "
-                             "torchvision's resnet50-0676ba61.pth with --classifier FILE, or go without: "
-                             '--no-pretrained') from error
-        state = train_classifier(
-            classifier, dataset, epochs=args.classifier_epochs, lr=1e-4 if source or args.pretrained else 1e-3,
-            batch_size=args.classifier_batch_size, seed=args.seed, device=device, gpus=gpus, part=part, check=check)
-    if not path.exists():
-        save_file(state, path)
-    part.unlink(missing_ok=True)
-    return classifier.to(device)
-
-
-@torch.inference_mode()
-def measure_accuracy(classifier, split, batch_size=64, device='cpu', source=1):
-    """The share of a split's pairs that a classifier recognises, by the image or, with source=0, the LMS."""
-    correct = sum((classifier(batch[source]).argmax(dim=1) == batch[2]).sum()
-                  for batch in split.batches(batch_size, device))
-    return float(correct) / len(split)
-
+# --------------------------------------------------------------------- the independent classifier
 
 class IndependentClassifier(nn.Module):
-    """torchvision's ResNet18: maps images (B, 3, S, S) in [-1, 1] to (penultimate features (B, 512), logits (B, K)).
-    `accuracy` is that on the real frames of validation.
+    """torchvision's ResNet18: maps images (B, 3, S, S) in [-1, 1] to (penultimate features
+    (B, 512), logits (B, K)). `accuracy` is that on the real frames of validation.
     """
 
     def __init__(self, resnet, accuracy=None):
         super().__init__()
         self.resnet, self.accuracy = resnet, accuracy
 
-    def forward(self, image):                                        # (B, 3, S, S)
+    def forward(self, image):                                       # (B, 3, S, S)
         *layers, fc = self.resnet.children()
         features = nn.Sequential(*layers)(image).flatten(1)
-        return features, fc(features)                                # (B, 512), (B, K)
-
-
-def _kept_beside(dataset, name, make, device, **settings):
-    """A classifier make() of a dataset, trained once, from random weights, and kept beside the dataset's cache:
-    (the network in eval mode, frozen; its accuracy on validation).
-    """
-    path, key = dataset.folder / f'{name}.pt', f'{CLASSIFIERS_VERSION} {dataset.fingerprint}'
-    with torch.random.fork_rng():           # the run's random numbers stay its own
-        torch.manual_seed(CLASSIFIERS_SEED)
-        network = make().to(device)
-        try:
-            state = load_file(path, key=str, classifier=dict, accuracy=float)
-        except InputError:
-            state = dict(key=None)
-        if state['key'] != key:
-            state = dict(train_classifier(network, dataset, f'{name} classifier', seed=CLASSIFIERS_SEED, device=device,
-                                          **settings), key=key)
-            if os.access(path.parent, os.W_OK):
-                with writing(path):
-                    save_file(state, path)
-    load_state(network, state['classifier'], path)
-    return network.eval().requires_grad_(False), state['accuracy']
+        return features, fc(features)                               # (B, 512), (B, K)
 
 
 def get_independent(dataset, device='cpu'):
-    """The independent classifier of a dataset's real frames, in eval mode. C flatters what it guided; this one is the
-    same for all runs on the same data.
+    """The independent classifier of a dataset's real frames, in eval mode. C flatters what it
+    guided; this one is the same for all runs on the same data.
     """
-    return IndependentClassifier(*_kept_beside(
-        dataset, 'independent', partial(torchvision.models.resnet18, num_classes=len(dataset.classes)), device,
-        epochs=10, batch_size=16)).eval()
+    make = partial(torchvision.models.resnet18, num_classes=len(dataset.classes))
+    resnet, accuracy = kept_beside(dataset, 'independent', make, INDEPENDENT_KEY, device, epochs=10,
+                                   steps=300, batch_size=16)
+    return IndependentClassifier(resnet, accuracy).eval()
 
 
-def get_audio_classifier(dataset, device='cpu'):
-    """S2IC's audio classifier of a dataset's train sounds, in eval mode: (network, its accuracy on validation)."""
-    return _kept_beside(dataset, 'audio', partial(AudioClassifier, len(dataset.classes), dataset.train.size,
-                                                  dataset.lms_channels), device, epochs=300, source=0)
+# ----------------------------------------------------------------------------------- the controls
+
+def of_class(labels, label):
+    """The indices at which labels (n,) are this one."""
+    return torch.nonzero(labels == label).flatten()
 
 
-# ------------------------------------------------------------------------------------------ figures
-# `networks` are those in whose spaces pictures are compared, by the ending of the names of their figures:
-# '_independent' and, where its weights are there, '' for Inception.
+def random_frames(train_labels, labels, own=False, seed=0):
+    """Draw a train pair of the class of each of `labels` (n,), by seed: indices (n,). With `own`
+    the labels are train's own, and each gets another pair than itself if its class has one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty_like(labels)
+    for label in labels.unique():
+        pairs, clips = of_class(train_labels, label), of_class(labels, label)
+        least = int(own and len(pairs) > 1)         # so many places on from itself
+        further = torch.randint(least, len(pairs), clips.shape, generator=generator)
+        drawn[clips] = pairs[(torch.arange(len(clips)) + further) % len(pairs)]
+    return drawn
+
+
+def nearest_sounds(train, split):
+    """The train pair of the class of each clip whose LMS, averaged over time, is nearest (L2):
+    indices (n,). In train it is another pair than itself if its class has one.
+    """
+    train_lms, split_lms = train.average_lms(), split.average_lms()
+    nearest = torch.empty_like(split.labels)
+    for label in split.labels.unique():
+        pairs = of_class(train.labels, label)
+        for clips in of_class(split.labels, label).split(1024):
+            distances = torch.cdist(split_lms[clips], train_lms[pairs],
+                                    compute_mode='donot_use_mm_for_euclid_dist')    # all digits
+            if split is train and len(pairs) > 1:
+                distances[clips[:, None] == pairs] = math.inf
+            nearest[clips] = pairs[distances.argmin(dim=1)]
+    return nearest
+
+
+def mean_frames(train, num_classes, batch_size, device):
+    """The mean train frame of each class, (K, 3, S, S)."""
+    sums = torch.zeros(num_classes, 3, train.size, train.size, device=device)
+    for _, image, label in train.batches(batch_size, device):
+        sums.index_add_(0, label, image)
+    counts = train.labels.bincount(minlength=num_classes).to(device)
+    return sums / counts[:, None, None, None]
+
+
+def clips_to_match(split, most=64):
+    """Draw at most so many clips of each class by seed: a mask (n,)."""
+    order, drawn = split.order(seed=0), torch.zeros(len(split), dtype=torch.bool)
+    for label in split.labels.unique():
+        drawn[order[of_class(split.labels[order], label)[:most]]] = True
+    return drawn
+
+
+# ------------------------------------------------------------------------------------ the metrics
+# `networks` are those in whose spaces pictures are compared: 'independent' and, where its weights
+# are there, 'inception'.
 
 @torch.inference_mode()
-def look_at(image, networks, truth=None, classifier=None):
-    """What networks make of images (B, 3, S, S) in [-1, 1] in 8 bits, as every tool that reads files sees them.
+def look_at(image, networks, truth=None, classifier=None, some=()):
+    """What networks make of images (B, 3, S, S) in [-1, 1] in 8 bits, as every tool that reads
+    files sees them.
 
-    Returns rows on the CPU: 'features' (B, d) and 'probabilities' (B, K), with the network's ending; of `classifier`,
-    C, the 'predictions' (B,); the 'l1' (B,) to `truth`, mean over pixels and channels, of the images as they are.
+    Returns rows on the CPU: of each network 'features_NAME' (B, d), 'probabilities_NAME' (B, K) and
+    'predictions_NAME' (B,); of `classifier`, C, 'predictions' (B,); 'l1' (B,) to `truth`, mean over
+    pixels and channels, of the images as they are; of those in the mask `some` uint8 'pictures'.
     """
     saved, rows = as_saved(image), {}
-    for space, network in networks.items():
-        features, logits = network(saved if space else (saved + 1) / 2)             # Inception's are in [0, 1]
-        rows |= {f'features{space}': features.cpu(), f'probabilities{space}': logits.softmax(dim=1).cpu()}
+    for name, network in networks.items():
+        seen = (saved + 1) / 2 if name == 'inception' else saved
+        features, logits = network(seen)
+        rows[f'features_{name}'] = features.cpu()
+        rows[f'probabilities_{name}'] = logits.softmax(dim=1).cpu()
+        rows[f'predictions_{name}'] = logits.argmax(dim=1).cpu()
     if classifier is not None:
         rows['predictions'] = classifier(saved).argmax(dim=1).cpu()
     if truth is not None:
         rows['l1'] = (image - truth).abs().mean(dim=(1, 2, 3)).cpu()
+    if len(some):
+        rows['pictures'] = ((saved[some] + 1) * 127.5).round().byte().cpu()
     return rows
 
 
-def figures(rows, split, real, classes=()):
-    """The figures of one kind of picture, for metrics.json, from its rows and those of the real frames it is compared
-    with; with `classes` two of each class as well. What needs more pictures is None: fid and kid want 2, is 100.
-    """
-    found, seen = {}, rows['probabilities_independent'].argmax(dim=1)
-    right = (seen == split.labels).double()
-    for space in ('', '_independent'):
-        if f'features{space}' in rows:
-            sets = rows[f'features{space}'], real[f'features{space}']
-            few = min(map(len, sets)) < 2
-            found[f'fid{space}'] = None if few else frechet_distance(*sets)
-            found[f'kid{space}'] = None if few else kernel_distance(*sets)
-            mixed = rows[f'probabilities{space}'][split.order(seed=0)]      # as they lie, each split had few classes
-            found[f'is{space}'], found[f'is{space}_std'] = inception_score(mixed) if len(mixed) >= 100 else (None, None)
-    if 'predictions' in rows:
-        found['accuracy'] = (rows['predictions'] == split.labels).double().mean().item()
-    found['accuracy_independent'] = right.mean().item()
-    if 'given' in rows:
-        found['accuracy_given'] = (seen == rows['given']).double().mean().item()
-    found['l1'] = rows['l1'].mean().item()
-    if classes:
-        found['classes'] = {classes[label]: dict(accuracy_independent=right[split.labels == label].mean().item(),
-                                                 l1=rows['l1'][split.labels == label].mean().item())
-                            for label in split.labels.unique()}
-    return found
+def joined(batches):
+    """Rows of batches as one; these are emptied on the way, as rows are not to be there twice."""
+    return {key: torch.cat([rows.pop(key) for rows in batches]) for key in list(batches[0])}
 
 
 @torch.inference_mode()
 def measure(model, dataset, networks, batch_size=8, device='cpu', name='', images=None):
-    """Look at the pictures for all clips: {split: {kind: rows of look_at()}}, the kinds
+    """Look at the pictures for all clips: {split: {kind: rows}}, the rows of look_at() and their
+    'match'. The kinds:
 
-        coarse, fine  I' and I''
-        real          the frames; their fid and kid will be to the other split's: what a perfect generator would score
-        random_frame  a train frame of the clip's class, by seed, not its own: copying; l1 is the mean of some draws
-        mean_frame    the mean train frame of its class: what L1 alone wants
-        wrong_label   of model E: I'' where G1 and the residue are given the label of another class, by seed ('given')
-        other_sound   of model E: I'' from the LMS of another clip of the class and split, by seed.
+        coarse, fine   I' and I''; fine alone where they are one picture
+        real           the frames; their fid and kid will be to the other split's: what a perfect
+                       generator would score
+        random_frame   a train frame of the class, by seed, not the clip's own: copying; l1 is the
+                       mean of some draws
+        nearest_sound  the train frame of the class that sounds nearest, not the clip's own: copying
+                       by ear, what a network must beat to show that it hears
+        mean_frame     the mean train frame of the class: what L1 alone wants
+        wrong_label    of model E and validation: I'' where G1 and the residue are given the label
+                       of another class, by seed ('given')
+        other_sound    of these too: I'' from the LMS of another clip of the class, by seed
 
-    Writes each I'' to <split>/<class>/<stem>.png in the folder `images`, where one is given.
+    Of fine also the 'mistakes', those 16 of the independent classifier whose clips are quietest:
+    [(index, I', I'')]. Writes each I'' to <split>/<class>/<stem>.png in the folder `images`, where
+    one is given.
     """
-    train, C, found = dataset.train, model.residue.classifier, {}
-    means = torch.zeros(len(dataset.classes), 3, train.size, train.size, device=device)
-    for _, image, label in train.batches(batch_size, device):
-        means.index_add_(0, label, image)
-    means /= train.labels.bincount(minlength=len(means)).to(device)[:, None, None, None]
-    of_means = look_at(means, networks)
-    for part, split in dict(train=train, validation=dataset.validation).items():
-        n = len(split)      # fewer clips take more draws: one draw of 156 had an l1 three deviations off
-        draws = [random_frames(train.labels, split.labels, split is train, i) for i in range(1 + min(7, 1000 // n))]
-        progress, batches, others = Progress(), [], random_frames(split.labels, split.labels, own=True)
-        shift = torch.randint(1, len(means), (n,), generator=torch.Generator().manual_seed(0))
-        wrong = (split.labels + shift) % len(means)
-        for indices, (lms, image, label) in zip(split.indices(batch_size), split.batches(batch_size, device)):
+    train, C, measured = dataset.train, model.residue.classifier, {}
+    num_classes = len(dataset.classes)
+    means = mean_frames(train, num_classes, batch_size, device)
+    of_means = joined([look_at(part, networks) for part in means.split(batch_size)])
+    for part in 'train', 'validation':
+        split = getattr(dataset, part)
+        labels, loudness, compared = split.labels, split.loudness(), clips_to_match(split)
+        # fewer clips take more draws: one draw of 156 had an l1 three deviations off
+        random = [random_frames(train.labels, labels, split is train, seed)
+                  for seed in range(1 + min(7, 1000 // len(split)))]
+        nearest, other = nearest_sounds(train, split), random_frames(labels, labels, own=True)
+        given = (labels + 1 + split.order(seed=0) % (num_classes - 1)) % num_classes
+        batches, mistakes, progress = [], [], Progress()
+        for indices, (lms, image, label) in zip(split.indices(batch_size),
+                                                split.batches(batch_size, device)):
             coarse, fine, _ = model(lms, label)
-            shown = dict(coarse=coarse, fine=fine, real=image)
-            if getattr(model, 'variant', None) == 'E':      # the one of the paper's Table 2
-                shown |= dict(wrong_label=model(lms, wrong[indices].to(device))[1],
-                              other_sound=model(split.batch(others[indices], device)[0], label)[1])
-            batches.append({kind: look_at(x, networks, image, C) for kind, x in shown.items()})
-            copied = [look_at(train.batch(drawn[indices], device)[1], {}, image)['l1'] for drawn in draws]
-            batches[-1] |= dict(random_frame=dict(l1=torch.stack(copied).mean(dim=0)),
-                                mean_frame=look_at(means[label], {}, image))
-            for x, i in zip(fine if images else (), indices):
-                path = Path(images, part, dataset.classes[split.labels[i]], f'{split.stems[i]}.png')
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture(x).save(path)
-            progress(f'evaluating {name} {part}: {indices[-1] + 1} of {n}', last=indices[-1] + 1 == n)
-        rows = found[part] = {kind: {key: torch.cat([batch[kind][key] for batch in batches]) for key in of_kind}
-                              for kind, of_kind in batches[0].items()}
-        rows['random_frame'] |= {key: found['train']['real'][key][draws[0]] for key in of_means}
-        rows['mean_frame'] |= {key: values[split.labels] for key, values in of_means.items()}
+            shown = dict(fine=fine, real=image)
+            if coarse is not fine:
+                shown['coarse'] = coarse
+            if part == 'validation' and getattr(model, 'variant', None) == 'E':
+                sound = split.batch(other[indices], device)[0]
+                shown['wrong_label'] = model(lms, given[indices].to(device))[1]
+                shown['other_sound'] = model(sound, label)[1]
+
+            copy = train.batch(nearest[indices], device)[1]
+            copies = torch.stack([train.batch(drawn[indices], device)[1] for drawn in random])
+            some = compared[indices]
+            rows = {}
+            for kind, x in shown.items():
+                judge = C if kind in ('coarse', 'fine', 'real') else None       # as in the paper
+                rows[kind] = look_at(x, networks, image, judge, some)
+            rows['nearest_sound'] = look_at(copy, {}, image, some=some)
+            rows['mean_frame'] = look_at(means[label], {}, image, some=some)
+            rows['random_frame'] = dict(l1=(copies - image).abs().mean(dim=(0, 2, 3, 4)).cpu())
+            batches.append(rows)
+
+            wrong = rows['fine']['predictions_independent'] != labels[indices]
+            for i in torch.nonzero(wrong).flatten():
+                mistakes.append((indices[i], coarse[i], fine[i]))
+            mistakes = sorted(mistakes, key=lambda mistake: loudness[mistake[0]])[:16]
+            if images:
+                write_images(fine, split, indices, dataset.classes, Path(images, part))
+            done = indices[-1] + 1
+            progress(f'evaluating {name} {part}: {done} of {len(split)}', last=done == len(split))
+
+        rows = {kind: joined([rows[kind] for rows in batches]) for kind in batches[0]}
+        truth = rows['real'].pop('pictures')
+        for of_kind in rows.values():
+            if 'pictures' in of_kind:
+                pictures = of_kind.pop('pictures')
+                of_kind['match'] = match_accuracy(pictures, truth, labels[compared])
+        measured[part] = rows
+        frames = measured['train']['real']
+        for key in of_means:
+            rows['mean_frame'][key] = of_means[key][labels]
+            rows['nearest_sound'][key] = frames[key][nearest]
+            rows['random_frame'][key] = frames[key][random[0]]
+        rows['fine']['mistakes'] = mistakes
         if 'wrong_label' in rows:
-            rows['wrong_label']['given'] = wrong
-    return found
+            rows['wrong_label']['given'] = given
+    return measured
 
 
-# ------------------------------------------------------------------------------------------ command
+def write_images(images, split, indices, classes, folder):
+    """Write the pictures of some clips of a split to <class>/<stem>.png in a folder."""
+    for image, i in zip(images, indices):
+        path = folder / classes[split.labels[i]] / f'{split.stems[i]}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(image).save(path)
 
-def evaluate_run(folder, config, model, dataset, device='cpu', network=None, batch_size=0, trained=None, images=None):
-    """Measure a model on both splits; write metrics.json, grid.png and failures.png into `folder`, its run or another.
-    `network` is FID's Inception, `trained` how far the model was, dict(epoch=, steps=), `images` a folder for every
-    I''. Returns what metrics.json holds.
+
+def metrics_of(rows, split, real):
+    """The metrics of one kind of picture, for metrics.json, from its rows and those of the real
+    frames that it is compared with. What needs more pictures is None: fid and kid want 2, is 100.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # float32 to the letter
-    folder, independent = Path(folder), get_independent(dataset, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    networks = {'_independent': independent} | ({'': network} if network else {})
-    found = measure(model.eval(), dataset, networks, batch_size or 2048 // config['size'] or 1, device, folder, images)
-    splits = dict(train=dataset.train, validation=dataset.validation)
-    metrics = dict({name: config.get(name) for name in ('data', 'size', 'variant', 'seed', 'preset')},
-                   **trained or {}, pictures={name: len(split) for name, split in splits.items()},
-                   independent_accuracy=independent.accuracy,
-                   versions=dict(torch=torch.__version__, torchvision=torchvision.__version__))
-    for (name, split), other in zip(splits.items(), ('validation', 'train')):
-        metrics[name] = {kind: figures(rows, split, found[other if kind == 'real' else name]['real'],
-                                       dataset.classes if kind == 'fine' else ())
-                         for kind, rows in found[name].items()}
-    predictions = found['validation']['fine']['probabilities_independent'].argmax(dim=1)
-    metrics['validation']['failures'] = failure_grid(model, dataset.validation, dataset.classes, predictions,
-                                                     folder / 'failures.png', device)
-    with written_whole(folder / 'metrics.json') as part:
-        part.write_text(json.dumps(metrics, indent=1) + '\n')
-
-    def nearest(fine):      # train frames, in the independent classifier's space
-        distances = torch.cdist(independent(as_saved(fine))[0].cpu(), found['train']['real']['features_independent'],
-                                compute_mode='donot_use_mm_for_euclid_dist')            # the quick way loses digits
-        return dataset.train.batch(distances.argmin(dim=1))[1]
-
-    draw_grid(example_pictures(model, example_clips(dataset), device, nearest), folder / 'grid.png')
+    metrics = dict(l1=rows['l1'].mean().item())
+    for name, suffix in SUFFIX.items():
+        if f'features_{name}' not in rows:
+            continue
+        fid = kid = score = spread = None
+        sets = rows[f'features_{name}'], real[f'features_{name}']
+        if min(map(len, sets)) >= 2:
+            if f'within_{name}' not in real:        # the same for all kinds
+                real[f'within_{name}'] = kernel_mean(sets[1])
+            fid, kid = frechet_distance(*sets), kernel_distance(*sets, real[f'within_{name}'])
+        if len(split) >= 100:
+            mixed = split.order(seed=0)             # as they lie, each part had few classes
+            score, spread = inception_score(rows[f'probabilities_{name}'][mixed])
+        metrics |= {f'fid{suffix}': fid, f'kid{suffix}': kid, f'is{suffix}': score,
+                    f'is{suffix}_std': spread}
+    seen = rows['predictions_independent']
+    metrics['accuracy_independent'] = share(seen == split.labels)
+    if 'predictions' in rows:
+        metrics['accuracy'] = share(rows['predictions'] == split.labels)
+    if 'given' in rows:
+        metrics['accuracy_given'] = share(seen == rows['given'])
+    if 'match' in rows:
+        metrics['match'] = rows['match']
     return metrics
 
 
-def generate_file(run, args, device):
-    """`--audio`: check what was asked for, say what plays unless --label does, and write the pictures."""
-    config, model, _ = load_run(run, device)
-    out, classes = Path(args.out or Path(args.audio).with_suffix('.png').name), config['classes']
-    if config['lms_channels'] != 1:
-        raise InputError(f'{args.audio}: this run was trained on LMS drawn as pictures and cannot hear a recording')
-    if args.label not in (None, *classes):
-        raise InputError(f'--label {args.label}: this run knows {", ".join(classes)}')
-    if out.suffix not in RECORDING_ENDINGS:
-        raise InputError(f'{out}: a picture ends in {" or ".join(RECORDING_ENDINGS)}; name another file by --out')
-    if out.exists():
-        raise InputError(f'{out}: exists already; name another file by --out')
-    sound, label = read_wav(args.audio), args.label
-    if label is None:
-        classifier, accuracy = get_audio_classifier(open_run_data(config, args.data, args.cache), device)
-        with torch.inference_mode():
-            logits = classifier(recording_lms(*sound, config['size']).to(device))             # (half seconds, K)
-            heard = logits.log_softmax(dim=1).mean(dim=0).softmax(dim=0)      # the half seconds as independent
-        likely = [(classes[i], f'{classes[i]} {heard[i]:.4f}') for i in heard.argsort(descending=True)[:3]]
-        label = likely[0][0]
-        print(f'{args.audio}: ' + ', '.join(text for _, text in likely)
-              + f", by S2IC's audio classifier, whose accuracy on validation is {accuracy:.4f}; --label names another")
-    frames = generate_recording(model, classes, *sound, label, config['size'], device, args.hop)
-    save_recording(frames, out, args.hop)
-    print(f'{out}: {len(frames)} pictures of {label}, every {args.hop:g} s')
+def share(right):
+    """The share of a mask that is true."""
+    return right.double().mean().item()
 
 
-def evaluate_folder(run, args, device, network, out=None):
-    """Evaluate a run on its data or --data. Returns (folder written to, config, metrics)."""
-    config, model, trained = load_run(run, device)
-    dataset = open_run_data(config, args.data, args.cache)
-    data = args.data and str(Path(args.data).resolve())
-    if data and data != config['data']:         # what the run has of its own data stays
-        out, config = out or Path(run) / Path(data).name, dict(config, data=data)
-    metrics = evaluate_run(out or run, config, model, dataset, device, network, args.batch_size, trained, args.images)
-    if not out:
-        write_page(Path(run))
-    return out or run, config, metrics
+def metrics_of_classes(rows, split, classes):
+    """Two metrics of each class that a split has: {class: {metric: value}}."""
+    right, metrics = rows['predictions_independent'] == split.labels, {}
+    for label in split.labels.unique():
+        clips = of_class(split.labels, label)
+        metrics[classes[label]] = dict(accuracy_independent=share(right[clips]),
+                                       l1=rows['l1'][clips].mean().item())
+    return metrics
 
 
-def compare_runs(runs, out, device='cpu', data=None, cache=None, folders=None):
-    """Tables 1 and 2, Figures 4 to 6 of several runs of one dataset, from the metrics.json of each (in `folders`, where
-    they are not in the runs themselves); those that differ in the seed alone are a column. Prints the tables; writes
-    them and the figures to the folder `out`.
+# ------------------------------------------------------------------------------------------ a run
+
+def draw_failures(rows, dataset, path):
+    """Draw the mistakes among the rows of validation's I'' (section 4.2), if there are any. Returns
+    how many there are, and how many near-silent clips are among them and among all.
     """
-    configs, groups, columns, shown = [load_config(run) for run in runs], {}, {}, {}
-    for run, config, folder in zip(runs, configs, folders or runs):
-        groups.setdefault(str(sorted((config | dict.fromkeys(SEEDS_OWN)).items())), []).append((run, config, folder))
-    examples = example_clips(open_run_data(configs[0], data, cache))
-    for group in sorted(groups.values(), key=lambda group: [*VARIANTS, *BASELINES].index(group[0][1]['variant'])):
-        run, config, _ = group[0]
-        title = re.sub(r'-seed-\d+$', '', Path(run).resolve().name)
-        title = str(run) if title in columns else title
-        metrics = [json.loads(Path(folder, 'metrics.json').read_text()) for *_, folder in group]
-        columns[title] = config['variant'], metrics
-        shown[title] = config['variant'], example_pictures(load_run(run, device)[1], examples, device)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    paper_figures(shown, out)
+    split, classes, grid = dataset.validation, dataset.classes, []
+    seen, loudness = rows['predictions_independent'], split.loudness()
+    wrong, silent = seen != split.labels, loudness < NEAR_SILENT
+    failures, unit = dict(clips=len(split), wrong=wrong.sum().item()), 'of 255'
+    if dataset.lms_channels == 1:       # of LMS that are pictures the level is not known
+        unit = 'dB'
+        failures.update(near_silent=silent.sum().item(),
+                        near_silent_wrong=(silent & wrong).sum().item())
+    for i, coarse, fine in rows['mistakes']:
+        lms, image, label = split.batch([i])
+        pictures = {"I'": picture(coarse), "I''": picture(fine), 'truth': picture(image[0])}
+        title = f'{classes[label]}\n{loudness[i]:.0f} {unit}\nseen as\n{classes[seen[i]]}'
+        grid.append((title, {'LMS': lms_picture(lms[0]), **pictures}))
+    path.unlink(missing_ok=True)
+    if grid:
+        draw_grid(grid, path)
+    return failures
+
+
+def evaluate_run(run, folder, config, dataset, networks, args, device):
+    """The model of a run and its metrics: those of metrics.json in `folder`, its own or another, if
+    they are of the same weights, data and independent classifier; else it is measured now, and
+    metrics.json, grid.png and failures.png are written there.
+    """
+    _, model, trained = load_run(run, device)
+    if trained['epoch'] < config['epochs']:
+        print(f'note: {run} is not done: epoch {trained["epoch"]} of {config["epochs"]}')
+    independent, path = networks['independent'], folder / 'metrics.json'
+    measured = dict(weights=digest(model), data=dataset.fingerprint,
+                    independent=digest(independent))
+    if path.exists() and not args.images:
+        metrics = json.loads(path.read_text('utf-8'))
+        if metrics.get('measured') == measured:
+            if 'inception' not in networks or 'fid' in metrics['train']['fine']:
+                return model, metrics
+    batch_size = args.batch_size or max(1, 2048 // config['size'])
+    rows = measure(model, dataset, networks, batch_size, device, folder, args.images)
+    metrics = {name: config.get(name) for name in ('data', 'size', 'variant', 'seed', 'preset')}
+    metrics.update(trained, measured=measured, pictures={},
+                   independent_accuracy=independent.accuracy,
+                   versions=dict(torch=torch.__version__, torchvision=torchvision.__version__))
+    if args.data:
+        metrics['data'] = args.data
+    for name, other in ('train', 'validation'), ('validation', 'train'):
+        split, kinds = getattr(dataset, name), rows[name]
+        metrics['pictures'][name] = len(split)
+        real = dict.fromkeys(kinds, kinds['real']) | dict(real=rows[other]['real'])
+        of_split = {kind: metrics_of(kinds[kind], split, real[kind]) for kind in kinds}
+        of_split.setdefault('coarse', dict(of_split['fine']))
+        of_split['fine']['classes'] = metrics_of_classes(kinds['fine'], split, dataset.classes)
+        metrics[name] = of_split
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = draw_failures(rows['validation']['fine'], dataset, folder / 'failures.png')
+    metrics['validation']['failures'] = failures
+
+    def nearest(fine):          # the train frame, in the independent classifier's space
+        features = independent(as_saved(fine))[0].cpu()                 # (1, 512)
+        apart = (rows['train']['real']['features_independent'] - features).norm(dim=1)
+        return dataset.train.batch([apart.argmin()])[1]
+
+    draw_grid(example_pictures(model, example_clips(dataset), device, nearest), folder / 'grid.png')
+    draw_sounds(model, dataset.validation, folder / 'sounds.png', device)
+    write_text(path, json.dumps(metrics, indent=1) + '\n')
+    return model, metrics
+
+
+# ----------------------------------------------------------------------------------- several runs
+
+Result = namedtuple('Result', 'config metrics pictures')      # of a run; example_pictures()
+
+
+def columns_of(results):
+    """Results as columns {title: [results]}, in the paper's order: the runs of a model that differ
+    in their seed alone. Where a run has settings that most have not, the title says which.
+    """
+    columns, order = {}, [*VARIANTS, *BASELINES]
+    for result in results:
+        config, title = result.config, result.config['variant']
+        alike = [other.config for other in results if other.config['variant'] == title]
+        for name in sorted(config.keys() - SEEDS_OWN):
+            usual = mode(str(other.get(name)) for other in alike)
+            if str(config[name]) != usual:
+                title += f', {name} {config[name]}'
+        columns.setdefault(title, []).append(result)
+    titles = sorted(columns, key=lambda title: (order.index(title.split(', ')[0]), title))
+    return {title: columns[title] for title in titles}
+
+
+def compare_runs(results, out=None):
+    """Print Tables 1 and 2 of some Results; write them, Figures 4 to 6 and a page to `out`."""
+    columns, shown = {}, {}
+    for title, group in columns_of(results).items():
+        variant = group[0].config['variant']
+        columns[title] = variant, [result.metrics for result in group]
+        shown[title] = variant, group[0].pictures
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
     text = paper_tables(columns, out)
-    write_folder_page(Path(out), text)
-    print(f'\n{text}\n\nin {out}: report.html, tables.md, tables.json and the figures; the rest is in each run')
+    print(f'\n{text}\n')
+    if out:
+        paper_figures(shown, out)
+        write_folder_page(out, text)
+        print(f'in {out}: report.html, tables.md, tables.json, figures; the rest is in each run')
+
+
+# ---------------------------------------------------------------------------------------- command
+
+def find_runs(folders):
+    """{run: its settings} of runs, and of those in folders of runs that are done. Raises InputError
+    where there is none.
+    """
+    configs = {}
+    for folder in folders:
+        inside = sorted(folder.glob('*/config.json'))
+        if not inside:
+            configs[folder] = load_config(folder)
+        for run in (path.parent for path in inside):
+            config, epochs = load_config(run), epochs_done(run)
+            if epochs >= config['epochs']:
+                configs[run] = config
+            else:
+                print(f'{run}: left out, not done: epoch {epochs} of {config["epochs"]}')
+    if not configs:
+        raise InputError(f'{folders[0]}: no run in it is done; go on with train.py')
+    return configs
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('runs', nargs='*', metavar='RUN',
-        help='a run of train.py, several side by side, or a folder of runs (default: the newest below runs/)')
-    add('--audio', metavar='WAV', help='generate from this recording: a picture for each half second')
-    add('--label', metavar='CLASS', help="what plays in it (default: what S2IC's audio classifier hears)")
-    add('--hop', type=float, default=0.5, metavar='SECONDS', help='from one picture to the next (default: 0.5)')
-    add('--out', metavar='PATH', help="--audio's .png or moving .gif (default: the recording's name, here), a run's "
-        'figures (default: the run; with --data, a folder in it) or those of several (default: beside the first)')
-    add('--images', metavar='DIR', help="write every I'' of a run as DIR/<split>/<class>/<stem>.png")
-    add('--inception', metavar='PATH', help="weights of FID's Inception (default: torch.hub's cache, else downloaded)")
-    add('--require-inception', action='store_true', help='stop where they cannot be had (default: do without them)')
-    add('--data', metavar='DIR', help="a dataset folder (default: the run's own)")
-    add('--cache', metavar='DIR', help=f"where packed data is kept (default: the run's, else {default_cache()})")
-    add('--batch-size', type=int, metavar='N', help='clips at once (default: 8 at 256 pixels, 32 at 64)')
-    add('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (default: the first GPU, else the CPU)')
+    add('runs', nargs='*', type=Path, help='a run of train.py, several, or a folder '
+        'of runs (default: the newest run below runs/)')
+    add('--inception',
+        help="weights of FID's Inception (default: torch.hub's cache, else downloaded)")
+    add('--require-inception', action='store_true',
+        help='stop where they cannot be had (default: do without them)')
+    add('--images', type=Path,
+        help="write every I'' of a run as DIR/<split>/<class>/<stem>.png")
+    add('--out', type=Path, help='folder for what is found of a run (default: the '
+        'run), or for the tables of several (default: the folder of runs)')
+    add('--data', help="a dataset folder (default: the run's own); what is found "
+        'goes into a folder in the run')
+    add('--cache',
+        help=f"where packed data is kept (default: the run's, else {default_cache()})")
+    add('--batch-size', type=int,
+        help='clips at once (default: 8 at 256 pixels, 32 at 64)')
+    add('--device', help='cpu, cuda, ... (default: the first GPU, else the CPU)')
     args = parser.parse_args(argv)
-    if args.label and not args.audio:
-        parser.error('--label goes with --audio')
-    if args.batch_size is not None and args.batch_size < 1 or not 0.02 <= args.hop <= 600:
-        parser.error('--batch-size must be at least 1, --hop from 0.02 to 600')
-    newest = max(Path('runs').glob('**/checkpoint.pt'), key=lambda path: path.stat().st_mtime, default=None)
-    if not (args.runs or newest):
-        raise InputError('runs/: no run in it; train one with: python train.py')
-    runs = [run for folder in args.runs or [newest.parent]          # a folder of runs stands for those in it
-            for run in sorted(path.parent for path in Path(folder).glob('*/config.json')) or [folder]]
-    if len(runs) > 1 and (args.audio or args.images):
-        parser.error('--audio and --images want one run')
-    device = choose_device(args.device)
-    if args.audio:
-        return generate_file(runs[0], args, device)
-    if args.images and Path(args.images).is_dir() and any(Path(args.images).iterdir()):
-        raise InputError(f'{args.images}: not an empty folder; name another by --images')
-    configs = [load_config(run) for run in runs]        # refused before anything that takes time
-    for run, config in zip(runs, configs):
-        for name in ('size',) if args.data else ('size', 'data'):
-            if config[name] != configs[0][name]:
-                raise InputError(f'{run}: {name} {config[name]}; runs side by side want the same data and size')
+    folders = args.runs
+    if not folders:
+        newest = max(Path('runs').glob('**/checkpoint.pt'), key=os.path.getmtime, default=None)
+        if newest is None:
+            raise InputError('runs/: no run in it; train one with: python train.py')
+        folders = [newest.parent]
+    configs = find_runs(folders)
+    first = next(iter(configs))
+    several = folders != [first]
+    if args.images and (several or args.images.exists()):
+        raise InputError(f'--images {args.images}: wants one run, and the name of a new folder')
+    same, inside = ['size', 'classes', 'lms_channels', 'data'], ''
+    if args.data:
+        args.data = str(Path(args.data).resolve())
+        same, inside = same[:3], Path(args.data).name
+    for run, config in configs.items():
+        for name in same:
+            if config[name] != configs[first][name]:
+                raise InputError(f'{run}: its {name} is not that of {first}; runs side by side '
+                                 'want the same')
+    device, networks = choose_device(args.device), {}
     try:
-        network = inception(args.inception).to(device)
+        networks['inception'] = inception(args.inception).to(device)
     except InputError as error:
         if args.inception or args.require_inception:
             raise
         print(f'fid, kid and is: not computed: {error}', file=sys.stderr)
-        network = None
-    if len(runs) == 1:
-        return print(report_text(*evaluate_folder(runs[0], args, device, network, args.out)))
-    folders = [evaluate_folder(run, args, device, network)[0] for run in runs]
-    compare_runs(runs, args.out or Path(runs[0]).resolve().parent, device, args.data, args.cache, folders)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    dataset = open_run_data(configs[first], args.data, args.cache)
+    networks['independent'] = get_independent(dataset, device)
+    if dataset.lms_channels == 1:
+        get_audio_classifier(dataset, device)       # which generate.py asks what plays
+
+    results, examples = [], example_clips(dataset)
+    for run, config in configs.items():
+        folder = run / inside
+        if args.out and not several:
+            folder = args.out
+        model, metrics = evaluate_run(run, folder, config, dataset, networks, args, device)
+        if folder == run:
+            write_page(run)
+        if several:
+            pictures = example_pictures(model, examples, device)
+            results.append(Result(config, metrics, pictures))
+        else:
+            print(report_text(folder, config, metrics))
+    if several:
+        if len(folders) == 1 and not args.out:
+            args.out = folders[0] / inside
+        compare_runs(results, args.out)
 
 
 if __name__ == '__main__':

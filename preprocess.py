@@ -1,287 +1,399 @@
 """Sound to LMS, files to pairs, pairs to batches: everything CAR-GAN needs before its networks.
 
-    python preprocess.py --data Sub-URMP          # check every file and pack the cache (train.py does too)
+    python preprocess.py --data Sub-URMP    # check every file, pack the cache (train.py does too)
 
 A dataset is a folder of pairs, one stem one pair; the folder names are the classes:
 
     Sub-URMP/chunk/{train,validation}/<instrument>/<stem>.wav     0.5 s of sound
     Sub-URMP/img/{train,validation}/<instrument>/<stem>.jpg       the frame at its start
 
-`spectram` (LMS drawn as RGB .png), `img_256` and `test` are understood as well: the authors' sample.
+`spectram` (LMS drawn as RGB .png), `img_256` and `test`, the authors' sample, are read as well.
 """
 import argparse
 import hashlib
 import io
 import json
-import mmap
 import os
+import struct
 import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise, repeat
-from math import ceil
+from functools import lru_cache
+from math import ceil, gcd
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from scipy import fft, signal, sparse
-from scipy.io import wavfile
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from scipy import fft, sparse
 
-from runs import InputError, Progress, default_cache, one_line, reason, run_command, writing, written_whole
+from runs import (InputError, Progress, default_cache, one_line, reason, run_command, writing,
+                  written_whole)
 
-SAMPLE_RATE, CLIP = 22050, 11025        # Hz, after resampling; samples: 0.5 s
-N_FFT, HOP, N_MELS = 2048, 512, 128
-DB_RANGE = (-80.0, 40.0)    # dB, shown to the network as [-1, 1]; absolute, so that silence is dark
+SAMPLE_RATE = 22050         # Hz, after resampling
+CLIP = 11025                # samples: 0.5 s
+N_FFT = 2048
+HOP = 512
+N_MELS = 128
+DB_RANGE = (-80.0, 40.0)    # shown to the network as [-1, 1]; absolute, so that silence is dark
 
-MINUTES, FILE_LIMIT = 10, 2 ** 27       # a recording may last, a file may hold (bytes) as much
-PIXEL_LIMIT, SIDE_LIMIT = 7680 * 4320, 2 ** 16      # of a picture: 8K
-warnings.filterwarnings('ignore', category=wavfile.WavFileWarning)              # unknown chunks
-warnings.filterwarnings('ignore', module='PIL')     # about pictures that are read all the same, or refused below
+FILE_LIMIT = 2 ** 27                # bytes
+PIXEL_LIMIT = 7680 * 4320           # of a picture: 8K
+warnings.filterwarnings('ignore', module='PIL')     # on Exif and the like, which is not wanted
 
 
-class UserFile(io.BytesIO):
-    """A file that may be anything, in memory. ValueError for what would be waited for: a pipe, a file of millions
-    of tiny parts; and, where it is to be `whole`, for one that ends before what it says of itself.
-    """
-    def __init__(self, path, whole=False):
-        if not Path(path).is_file():
-            raise ValueError('no such file')
-        if os.path.getsize(path) > FILE_LIMIT:
-            raise ValueError(f'more than {FILE_LIMIT >> 20} MiB')
-        super().__init__(Path(path).read_bytes())
-        self.whole, self.reads = whole, 0
-
-    def read(self, size=-1):
-        data, self.reads = super().read(size), self.reads + 1
-        if self.reads > 100_000:
-            raise ValueError('it consists of too many parts')
-        if self.whole and 0 < len(data) < size:
-            raise ValueError(f'cut short: {len(data)} of {size} bytes are there')
-        return data
+def _read_file(path):
+    """All bytes of a file. Raises ValueError where it is none (a pipe would be waited for)."""
+    if not Path(path).is_file():
+        raise ValueError('no such file')
+    if os.path.getsize(path) > FILE_LIMIT:
+        raise ValueError(f'more than {FILE_LIMIT >> 20} MiB')
+    return Path(path).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- sound
 
-def read_wav(path, seconds=None):
-    """Read a WAV file, or its first `seconds`: 8- to 64-bit integer or float, 8 to 192 kHz, any number of channels.
+def read_wav(path):
+    """Read a WAV file: integers of 8 to 64 bits or floats of 32 or 64, 8 to 192 kHz, any number of
+    channels.
 
-    Returns (waveform (n,) float32, the mean of the channels, full scale = [-1, 1]; sample rate in Hz). Raises
-    InputError, naming the file, where it is broken, empty, not finite, over 128 MiB, or asked for over 10 minutes.
+    Returns (waveform (n,) float32, the mean of the channels, full scale = [-1, 1]; sample rate in
+    Hz). Channels and bits say what a frame is, and the sound ends with the last whole one. Raises
+    InputError, naming the file, where it is broken, empty, not finite or over 128 MiB.
     """
     try:
-        sample_rate, samples = wavfile.read(UserFile(path, whole=True))
-        if not 8000 <= sample_rate <= 192000:
-            raise ValueError(f'sample rate {sample_rate} Hz is outside 8 to 192 kHz')
-        samples = samples[:seconds and ceil(seconds * sample_rate)]
-        if len(samples) > 60 * MINUTES * sample_rate:
-            raise ValueError(f'more than {MINUTES} minutes')
-        if samples.size == 0:
-            raise ValueError('no samples in it')
-        kind, full = samples.dtype.kind, 2 ** (8 * samples.itemsize - 1)    # 24 bits come as the upper ones of 32
-        if kind == 'f' and not np.isfinite(samples).all():
+        samples, sample_rate = _parse_wav(_read_file(path))
+        if not np.isfinite(samples).all():
             raise ValueError('samples that are not finite numbers')
-        if kind == 'f':
-            samples, full = samples.clip(-1, 1), 1
-        waveform = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
-        waveform -= full if kind == 'u' else 0      # 8 bits are unsigned; in place, as it may be large
-        waveform /= full
-    except Exception as error:      # scipy answers a broken header with whatever it stumbles over
+    except (OSError, ValueError) as error:
         raise InputError(f'{path}: not a readable WAV file ({reason(error)}); '
-                         f'give an uncompressed one of at most {MINUTES} minutes') from error
+                         f'give an uncompressed one of at most {FILE_LIMIT >> 20} MiB') from error
+    if samples.dtype.kind == 'f':
+        return samples.clip(-1, 1).mean(axis=1, dtype=np.float32), sample_rate
+    waveform = samples.mean(axis=1, dtype=np.float32)
+    waveform /= 2 ** (8 * samples.itemsize - 1)     # in place, as it may be large
     return waveform, sample_rate
 
 
+def _parse_wav(content):
+    """The samples (n, channels), signed integers or floats, and their rate."""
+    form, data = _wav_chunks(content)
+    code, channels, sample_rate, _, _, bits, subformat = struct.unpack('<HHIIHH8xH14x', form)
+    if code == 0xFFFE:                              # WAVE_FORMAT_EXTENSIBLE
+        code = subformat
+    width = ceil(bits / 8)                          # bytes of a sample
+    if code == 1 and width in (1, 2, 3, 4, 8):
+        kind = 'i'
+    elif code == 3 and width in (4, 8):
+        kind = 'f'
+    else:
+        raise ValueError(f'codec {code} of {bits} bits, neither PCM nor float')
+    if not 8000 <= sample_rate <= 192000:
+        raise ValueError(f'sample rate {sample_rate} Hz is outside 8 to 192 kHz')
+    count = len(data) // max(1, channels * width) * channels        # of samples in whole frames
+    if count == 0:
+        raise ValueError(f'no samples of {channels} channels in it')
+    octets = np.frombuffer(data, np.uint8, count * width).reshape(count, width)
+    if width == 1:
+        octets = octets ^ 128                       # 8 bits are unsigned
+    if width == 3:
+        octets = np.pad(octets, [(0, 0), (1, 0)])   # 24 bits become the upper ones of 32
+    return octets.view(f'<{kind}{octets.shape[1]}').reshape(-1, channels), sample_rate
+
+
+def _wav_chunks(content):
+    """The format, filled up to 40 bytes, and what is there of the sound."""
+    if content[:4] not in (b'RIFF', b'RF64') or content[8:12] != b'WAVE':
+        raise ValueError('it does not begin as RIFF WAVE')
+    chunks = {b'fmt ': b''}
+    name = None
+    start = 12
+    while name != b'data':
+        if start + 8 > len(content):
+            raise ValueError('no sound in it')
+        name, size = struct.unpack_from('<4sI', content, start)
+        start += 8
+        chunks[name] = content[start:start + size]
+        start += size + size % 2
+    data = chunks[b'data']
+    if b'ds64' in chunks:                           # RF64 says there how long its sound is
+        data = data[:int.from_bytes(chunks[b'ds64'][8:16], 'little')]
+    elif size == 0 and content[4:8] != struct.pack('<I', len(content) - 8):
+        data = content[start:]                      # nobody filled in the lengths at the end
+    return chunks[b'fmt '][:40].ljust(40, b'\0'), data
+
+
 def mel_filterbank(sample_rate=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=0.0, fmax=None):
-    """Triangular mel filters, each of area 1: (n_mels, n_fft // 2 + 1) float32; frequencies in Hz. Slaney's scale is
-    linear up to 1 kHz (15 mels), logarithmic above (27 mels for each factor of 6.4).
+    """Triangular mel filters, each of area 1: (n_mels, n_fft // 2 + 1) float32; frequencies in Hz.
+    Slaney's scale is linear up to 1 kHz (15 mels), logarithmic above (27 mels for a factor of 6.4).
     """
-    hz = np.array([fmin, fmax or sample_rate / 2])
-    ends = np.minimum(hz, 1000) * 3 / 200 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4)
-    mels = np.linspace(*ends, n_mels + 2)
+    ends = np.array([fmin, fmax or sample_rate / 2])
+    linear = np.minimum(ends, 1000) * 3 / 200
+    logarithmic = 27 * np.log(np.maximum(ends, 1000) / 1000) / np.log(6.4)
+    mels = np.linspace(*(linear + logarithmic), n_mels + 2)
     edges = np.minimum(mels, 15) * 200 / 3 * 6.4 ** (np.maximum(mels - 15, 0) / 27)
     low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    hz = np.fft.rfftfreq(n_fft, 1 / sample_rate)                                    # of the FFT's bins
-    triangle = np.minimum((hz - low) / (centre - low), (high - hz) / (high - centre)).clip(0)
-    return (triangle * 2 / (high - low)).astype(np.float32)
+    bins = np.fft.rfftfreq(n_fft, 1 / sample_rate)
+    triangles = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clip(0)
+    return (triangles * 2 / (high - low)).astype(np.float32)
 
 
-HANN, FILTERS = signal.get_window('hann', N_FFT), sparse.csr_array(mel_filterbank().astype(np.float64))
+HANN = 0.5 + 0.5 * np.cos(np.linspace(-np.pi, np.pi, N_FFT + 1)[:-1])
+FILTERS = sparse.csr_array(mel_filterbank().astype(np.float64))
 
 
 def log_mel_spectrogram(waveform, sample_rate):
-    """The LMS of half a second of sound, section 3.5: waveform (n,) in [-1, 1] -> (128, 22) float32, dB.
+    """The LMS of half a second of sound, section 3.5: waveform (n,) in [-1, 1] -> (128, 22) float32
+    in dB.
 
-    Resampled to 22,050 Hz, cut or zero-padded to 11,025 samples; power of the STFT (Hann 2048, hop 512, centred with
-    reflection) in 128 mel bands up to 11,025 Hz, the lowest first; 10 log10(max(x, 1e-10)): silence is -100 dB.
+    Resampled to 22,050 Hz, cut or zero-padded to 11,025 samples; power of the STFT (Hann 2048, hop
+    512, centred with reflection) in 128 mel bands up to 11,025 Hz, the lowest first;
+    10 log10(max(x, 1e-10)), so that silence is -100 dB.
     """
-    waveform = signal.resample_poly(waveform, SAMPLE_RATE, sample_rate)[:CLIP]
+    if sample_rate != SAMPLE_RATE:
+        from scipy.signal import resample_poly          # takes a second to import
+        low_pass = _low_pass(sample_rate)
+        waveform = resample_poly(waveform, SAMPLE_RATE, sample_rate, window=low_pass)
+    waveform = waveform[:CLIP]
     waveform = np.pad(waveform, (0, CLIP - len(waveform)))
-    frames = np.lib.stride_tricks.sliding_window_view(np.pad(waveform, N_FFT // 2, mode='reflect'), N_FFT)[::HOP]
+    waveform = np.pad(waveform, N_FFT // 2, mode='reflect')
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, N_FFT)[::HOP]
     power = np.abs(fft.rfft(frames * HANN)) ** 2            # (22, 1025)
     return (10 * np.log10(np.maximum(FILTERS @ power.T, 1e-10))).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _low_pass(sample_rate):
+    """The filter that resample_poly would design at each call."""
+    from scipy.signal import firwin
+    factor = max(SAMPLE_RATE, sample_rate) // gcd(SAMPLE_RATE, sample_rate)
+    return firwin(20 * factor + 1, 1 / factor, window=('kaiser', 5.0)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------- files
 
 def read_image(path, size):
-    """Read a picture and resize it: (size, size, 3) uint8, RGB. A JPEG much larger than `size` is decoded at a
-    reduced scale. Raises InputError, naming the file, where it cannot be read or is larger than 8K or 128 MiB.
+    """Read a picture and resize it: (size, size, 3) uint8, RGB, upright, the transparent over
+    white. A JPEG much larger than `size` is decoded at a reduced scale. Raises InputError, naming
+    the file, where it cannot be read or is larger than 8K or 128 MiB.
     """
     try:
-        file = UserFile(path)
-        # scans of a JPEG, each a pass over the picture, and profiles of a PNG, each unpacked: ten are many
-        if max(file.getvalue().count(part) for part in (b'\xff\xda\0', b'iCCP')) > 50:
-            raise ValueError('it consists of too many parts')
-        with Image.open(file, formats=('JPEG', 'PNG')) as image:
-            if image.width * image.height > PIXEL_LIMIT or max(image.size) > SIDE_LIMIT:
-                raise ValueError(f'{image.width} x {image.height} pixels')
-            image.draft('RGB', (2 * size, 2 * size))        # a JPEG: the smallest scale of at least this
-            if image.mode.startswith('I'):                        # 16 bits, which convert() would clip
-                image = image.point(lambda value: value / 256)
-            image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
-            return np.asarray(ImageOps.exif_transpose(image))
+        content = _read_file(path)
+        plugin = JpegImageFile if content.startswith(b'\xff\xd8') else PngImageFile
+        image = plugin(io.BytesIO(content))         # Image.open() would keep the reason to itself
+        if image.width * image.height > PIXEL_LIMIT:
+            raise ValueError(f'{image.width} x {image.height} pixels')
+        image.draft('RGB', (2 * size, 2 * size))    # a JPEG: the smallest scale of at least this
+        pixels = _opaque(image).resize((size, size), Image.Resampling.BICUBIC)
+        pixels.info.clear()
+        pixels.getexif()[ExifTags.Base.Orientation] = _orientation(image)
+        return np.asarray(ImageOps.exif_transpose(pixels))
     except Exception as error:      # Pillow raises many kinds
-        why = 'another kind of file' if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise InputError(f'{path}: not a readable JPEG or PNG image ({why}); '
+        raise InputError(f'{path}: not a readable JPEG or PNG image ({reason(error)}); '
                          'give an intact one of at most 8K') from error
+
+
+def _opaque(image):
+    """RGB; what is transparent shows white, whatever colour is hidden there."""
+    if image.mode.startswith('I'):                          # 16 bits, which convert() would clip
+        return image.point(lambda value: value / 256).convert('RGB')
+    if image.has_transparency_data:
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image.convert('RGBA'))
+    return image.convert('RGB')
+
+
+def _orientation(image):
+    """As Exif has it, 1 to 8; upright where its Exif cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:       # Pillow raises many kinds
+        return 1
 
 
 Pair = namedtuple('Pair', 'split name stem audio image')      # the name is that of the class
 
 
 def find_pairs(data):
-    """Pair the files of a dataset folder by stem within split and class: (classes, pairs, problems), the last a line
-    for each file without a partner. Raises InputError for a missing layout or a class name that cannot be printed.
+    """Pair the files of a dataset folder by stem within split and class: (classes, pairs,
+    problems), the last a line for each file without a partner. Raises InputError for a missing
+    layout or a class name that cannot be printed.
     """
-    classes, pairs, problems = set(), [], []
-    for split, names in ('train', ('train',)), ('validation', ('validation', 'test')):
-        audio = _files(data, ('chunk', 'spectram'), names, ('.wav', '.png'))
-        image = _files(data, ('img', 'img_256'), names, ('.jpg', '.jpeg', '.png'))
-        classes |= {name for name, _ in audio | image}
-        pairs += [Pair(split, *key, audio[key], image[key]) for key in sorted(audio.keys() & image.keys())]
-        for files, others, missing in (audio, image, 'frame'), (image, audio, 'sound'):
-            problems += [f'{files[key]}: no {missing} of this class and stem' for key in sorted(files.keys() - others)]
+    classes = set()
+    pairs = []
+    problems = []
+    for split, folders in ('train', ['train']), ('validation', ['validation', 'test']):
+        sounds = _files(data, ['chunk', 'spectram'], folders, ['.wav', '.png'])
+        frames = _files(data, ['img', 'img_256'], folders, ['.jpg', '.jpeg', '.png'])
+        for key in sorted(sounds.keys() | frames.keys()):
+            classes.add(key[0])
+            if key not in frames:
+                problems.append(f'{sounds[key]}: no frame of this class and stem')
+            elif key not in sounds:
+                problems.append(f'{frames[key]}: no sound of this class and stem')
+            else:
+                pairs.append(Pair(split, *key, sounds[key], frames[key]))
     for name in classes:
         if not name.isprintable():      # it is to stand in tables, pictures and JSON
-            raise InputError(f'{data}: the name of its class folder {name} cannot be printed; rename it')
+            raise InputError(f'{data}: the name of its class folder {name} cannot be printed; '
+                             'rename it')
     return sorted(classes), pairs, problems
 
 
 def _files(data, parts, splits, suffixes):
-    """The files of a split as {(class, stem): path}; where a stem has several, that of the first suffix."""
+    """The files of a split as {(class, stem): path}; of a stem's, that of the first suffix."""
     names = [f'{part}/{split}' for part in parts for split in splits]
-    folder = next((Path(data, name) for name in names if Path(data, name).is_dir()), None)
-    if not folder:
-        raise InputError(f'{data}: no folder {" or ".join(names)} in it; preprocess.py --help shows the layout')
-    paths = sorted(folder.glob('[!.]*/[!.]*'))
-    return {(path.parent.name, path.stem): path for suffix in reversed(suffixes) for path in paths
-            if path.suffix.lower() == suffix}
+    folders = [Path(data, name) for name in names if Path(data, name).is_dir()]
+    if not folders:
+        raise InputError(f'{data}: no folder {" or ".join(names)} in it; '
+                         'preprocess.py --help shows the layout')
+    paths = sorted(folders[0].glob('[!.]*/[!.]*'))
+    files = {}
+    for suffix in suffixes:
+        for path in paths:
+            if path.suffix.lower() == suffix:
+                files.setdefault((path.parent.name, path.stem), path)
+    return files
 
 
-# ------------------------------------------------------------------------------- the packed cache
+# -------------------------------------------------------------------------------- the packed cache
 
-CACHE_VERSION = 5       # raised whenever the same files would be packed otherwise
+CACHE_VERSION = 6       # raised whenever the same files would be packed otherwise
 Dataset = namedtuple('Dataset', 'classes lms_channels train validation folder fingerprint')
 
 
-def open_dataset(data, size=256, cache=None, strict=False, workers=None):
-    """Check a dataset folder, pack it (once; again where the name, length or time of a file has changed) and map it
-    into memory. Bad files are named on stderr and left out.
+def open_dataset(data, size=256, cache=None, workers=None):
+    """Check a dataset folder, pack it (once; again where the name, length or time of a file has
+    changed) and map it into memory. Bad files are named on stderr and left out.
 
-    Returns a Dataset: the classes' names; 1, or 3 where the LMS are RGB pictures; two Splits; the folder of the cache;
-    a digest of the files. Raises InputError for a missing layout, a class without a good pair in train, an empty
-    validation split, a cache that cannot be written or, with `strict`, any bad file.
+    Returns a Dataset: the classes' names; 1, or 3 where the LMS are RGB pictures; two Splits; the
+    folder of the cache; a digest of the files. Raises InputError for a missing layout, a class
+    without a good pair in train, an empty validation split or a cache that cannot be written.
     """
     data = Path(os.path.realpath(data))
     classes, pairs, problems = find_pairs(data)
     drawn = all(pair.audio.suffix.lower() == '.png' for pair in pairs)
-    files = [(path, path.exists() and (path.stat().st_size, path.stat().st_mtime_ns))    # False for a dangling link
-             for pair in pairs for path in (pair.audio, pair.image)]
-    key = CACHE_VERSION, size, SAMPLE_RATE, CLIP, N_FFT, HOP, N_MELS, classes, problems, files
-    fingerprint = hashlib.sha256(repr(key).encode()).hexdigest()
+    fingerprint = _fingerprint(size, classes, pairs, problems)
     place = hashlib.sha256(os.fsencode(data)).hexdigest()[:8]
     folder = Path(cache or default_cache()) / f'{data.name}-{size}-{place}'
-    if not _read_meta(folder, fingerprint):
-        with writing(folder):
-            if not _read_meta(folder, fingerprint):     # another process may have packed it while we waited
-                _build_cache(folder, fingerprint, data, pairs, drawn, size, workers)
     meta = _read_meta(folder, fingerprint)
+    if meta is None:
+        with writing(folder):
+            meta = _read_meta(folder, fingerprint)      # packed by another while we waited?
+            if meta is None:
+                meta = _build_cache(folder, fingerprint, pairs, drawn, size, workers)
     problems += meta['problems']
     for problem in problems:
         print(one_line(f'left out: {problem}'), file=sys.stderr)
-    if strict and problems:
-        raise InputError(f'{data}: {len(problems)} problems, named above; fix them or leave --strict out')
     packed = [pairs[i] for i in meta['packed']]
+    parts = []
+    for split in 'train', 'validation':
+        rows = [row for row, pair in enumerate(packed) if pair.split == split]
+        names = [packed[row].name for row in rows]
+        _check_classes(data, split, classes, names)
+        labels = [classes.index(name) for name in names]
+        parts.append((rows, labels, [packed[row].stem for row in rows]))
+    frames = np.memmap(folder / 'frames', np.uint8, 'r', shape=(len(packed), size, size, 3))
+    if drawn:
+        lms = np.memmap(folder / 'lms', np.uint8, 'r', shape=frames.shape)
+    else:
+        shape = len(packed), N_MELS, CLIP // HOP + 1
+        lms = np.memmap(folder / 'lms', np.float16, 'r', shape=shape)
+    train, validation = [Split(lms, frames, *part, size) for part in parts]
+    return Dataset(classes, 3 if drawn else 1, train, validation, folder, fingerprint)
 
-    def split(name):
-        rows = [row for row, pair in enumerate(packed) if pair.split == name]
-        labels, stems = [classes.index(packed[row].name) for row in rows], [packed[row].stem for row in rows]
-        missing = ', '.join(sorted({*classes} - {packed[row].name for row in rows}))
-        if not rows or missing and name == 'train':
-            raise InputError(f'{data}: no good pair in {name} of class {missing}; add some, or remove the class folder')
-        if missing:
-            print(f'note: no pair in validation of class {missing}: trained, but not validated', file=sys.stderr)
-        frames = np.memmap(folder / 'frames', np.uint8, 'r', shape=(len(packed), size, size, 3))
-        kind, shape = (np.uint8, frames.shape[1:]) if drawn else (np.float16, (N_MELS, CLIP // HOP + 1))
-        lms = np.memmap(folder / 'lms', kind, 'r', shape=(len(packed), *shape))
-        return Split(lms, frames, rows, labels, stems, size)
 
-    return Dataset(classes, 3 if drawn else 1, split('train'), split('validation'), folder, fingerprint)
+def _check_classes(data, split, classes, names):
+    """Every class must have a pair to train on; not all need one in validation."""
+    missing = ', '.join(sorted(set(classes) - set(names)))
+    if not names or (missing and split == 'train'):
+        raise InputError(f'{data}: no good pair in {split} of class {missing}; '
+                         'add some, or remove the class folder')
+    if missing:
+        print(f'note: no pair in validation of class {missing}: trained, but not validated',
+              file=sys.stderr)
+
+
+def _fingerprint(size, classes, pairs, problems):
+    """A digest of all that decides what is packed."""
+    files = []
+    for pair in pairs:
+        for path in pair.audio, pair.image:
+            if path.exists():                       # which a dangling link does not
+                stat = path.stat()
+                files.append((path, stat.st_size, stat.st_mtime_ns))
+    constants = CACHE_VERSION, size, SAMPLE_RATE, CLIP, N_FFT, HOP, N_MELS
+    return hashlib.sha256(repr((constants, classes, pairs, problems, files)).encode()).hexdigest()
 
 
 def _read_meta(folder, fingerprint):
-    """What a whole cache of these files says of itself; None where there is none, or something else."""
+    """What a whole cache of these files says of itself; None where there is none."""
     try:
         meta = json.loads((folder / 'meta.json').read_text())
-        whole = all((folder / name).stat().st_size == meta['bytes'][name] for name in ('frames', 'lms'))
+        whole = meta['bytes'] == _lengths(folder)
         return meta if whole and meta['fingerprint'] == fingerprint else None
     except Exception:                   # a file may hold anything
         return None
 
 
-def _build_cache(folder, fingerprint, data, pairs, drawn, size, workers):
-    """Pack all pairs, in parallel and constant memory: LMS as float16 dB or uint8 pictures, frames as uint8."""
+def _lengths(folder):
+    return [(folder / name).stat().st_size for name in ('frames', 'lms')]
 
-    def read(path, as_lms):         # of the sound 0.5 s, and what the filter of resampling reaches beyond
+
+def _build_cache(folder, fingerprint, pairs, drawn, size, workers):
+    """Pack all pairs, in parallel and constant memory: LMS as float16 dB or uint8 pictures, frames
+    as uint8. Returns what meta.json says.
+    """
+    def read(pair):
+        """The LMS and the frame; an InputError for the first that is bad."""
         try:
-            return log_mel_spectrogram(*read_wav(path, seconds=0.6)) if as_lms else read_image(path, size)
+            if drawn:
+                lms = read_image(pair.audio, size)
+            else:
+                lms = log_mel_spectrogram(*read_wav(pair.audio)).astype(np.float16)
+            return lms.tobytes(), read_image(pair.image, size).tobytes()
         except InputError as error:
             return error
 
-    meta, progress = dict(fingerprint=fingerprint, packed=[], problems=[]), Progress()
+    meta = dict(fingerprint=fingerprint, packed=[], problems=[])
+    progress = Progress()
     with written_whole(folder) as building:
         building.mkdir()
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool, \
-                open(building / 'frames', 'wb') as frames, open(building / 'lms', 'wb') as lms:
+                open(building / 'lms', 'wb') as lms, open(building / 'frames', 'wb') as frames:
             for start in range(0, len(pairs), 256):     # a window, so that results never pile up
-                _, _, _, audio, image = zip(*pairs[start:start + 256])
-                found = zip(pool.map(read, audio, repeat(not drawn)), pool.map(read, image, repeat(False)))
-                for i, parts in enumerate(found, start):
-                    bad = [str(error) for error in parts if isinstance(error, InputError)]
-                    meta['problems'] += bad
-                    if not bad:
-                        lms.write(parts[0].astype(np.uint8 if drawn else np.float16).tobytes())
-                        frames.write(parts[1].tobytes())
+                for i, found in enumerate(pool.map(read, pairs[start:start + 256]), start):
+                    if isinstance(found, InputError):
+                        meta['problems'].append(str(found))
+                    else:
+                        lms.write(found[0])
+                        frames.write(found[1])
                         meta['packed'].append(i)
-                progress(f'packing {data}: {i + 1} of {len(pairs)} pairs', last=i + 1 == len(pairs))
-        meta['bytes'] = {path.name: path.stat().st_size for path in building.iterdir()}
+                progress(f'packing {i + 1} of {len(pairs)} pairs', last=i + 1 == len(pairs))
+        meta['bytes'] = _lengths(building)
         (building / 'meta.json').write_text(json.dumps(meta))
+    return meta
 
 
 # ------------------------------------------------------------------------------------------ loader
 
 class Split:
-    """One split of a packed dataset, or some of its pairs. Batches are (lms, image, label), converted on the device:
-    lms (B, C_a, S, S) and image (B, 3, S, S) float32 in [-1, 1], label (B,) int64.
+    """One split of a packed dataset, or some of its pairs. Batches are (lms, image, label),
+    converted on the device: lms (B, C_a, S, S) and image (B, 3, S, S) float32 in [-1, 1], label
+    (B,) int64.
     """
 
     def __init__(self, lms, frames, rows, labels, stems, size):
-        self.lms, self.frames, self.size = lms, frames, size        # the arrays of the whole cache
-        self.rows, self.labels, self.stems = np.array(rows, int), torch.as_tensor(labels), stems
-        self.resident, self.resident_bytes = (), 0      # lms, frames, labels on a GPU
+        self.lms = lms                              # lms and frames are those of the whole cache
+        self.frames = frames
+        self.rows = np.array(rows, int)
+        self.labels = torch.as_tensor(labels)
+        self.stems = stems
+        self.size = size
 
     def __len__(self):
         return len(self.rows)
@@ -289,210 +401,136 @@ class Split:
     def subset(self, indices):
         """The pairs of these indices (a sequence of int) as a Split of the same cache."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return Split(self.lms, self.frames, self.rows[indices.numpy()], self.labels[indices],
-                     [self.stems[index] for index in indices], self.size)
-
-    def to(self, device):
-        """Move the whole split to a GPU where it takes at most 0.4 of what is free there (0.8 on the way), so that no
-        batch waits for the disk. To be called once a step has taken its memory, be it while batches() runs.
-        """
-        size = len(self) * (self.lms[0].nbytes + self.frames[0].nbytes + 8)
-        if torch.device(device).type == 'cuda' and size <= 0.4 * torch.cuda.mem_get_info(device)[0]:
-            chunks = ([part.to(device) for part in self._read(indices, 'cpu')]
-                      for indices in torch.arange(len(self)).split(1024))
-            self.resident, self.resident_bytes = [torch.cat(parts) for parts in zip(*chunks)], size
-        return self
+        rows = self.rows[indices.numpy()]
+        stems = [self.stems[index] for index in indices]
+        return Split(self.lms, self.frames, rows, self.labels[indices], stems, self.size)
 
     def batch(self, indices, device='cpu'):
         """The pairs of these indices (a sequence of int) as one batch."""
         return self._convert(self._read(torch.as_tensor(indices), device), device)
 
     def _read(self, indices, device):
-        """The packed pairs of these indices, lms, frames, labels; for a GPU in memory that it can fetch by itself."""
-        if self.resident:
-            indices = indices.pin_memory().to(self.resident[0].device, non_blocking=True)
-            return [whole[indices] for whole in self.resident]
+        """The packed pairs of these indices: [lms, frames, labels]; for a GPU in memory that it
+        can fetch by itself.
+        """
         rows = self.rows[indices.numpy()]
-        packed = _packed(self.lms, rows), _packed(self.frames, rows), self.labels[indices]
-        return [part.pin_memory() for part in packed] if torch.device(device).type == 'cuda' else packed
+        lms = torch.from_numpy(self.lms[rows])
+        frames = torch.from_numpy(self.frames[rows])
+        packed = [lms, frames, self.labels[indices]]
+        if torch.device(device).type == 'cuda':
+            return [part.pin_memory() for part in packed]
+        return packed
 
     def _convert(self, packed, device):
-        # towards other devices than CUDA a copy that is not waited for may be read before it is there
-        lms, frames, labels = (part.to(device, non_blocking=part.is_pinned()) for part in packed)
+        # towards other devices than CUDA a copy that is not waited for may be read too early
+        lms, frames, labels = [part.to(device, non_blocking=part.is_pinned()) for part in packed]
         return network_lms(lms, self.size), network_lms(frames, self.size), labels
 
     def order(self, seed=None):
-        """The indices of all pairs (n,): as they lie, or shuffled by this seed, whatever came before."""
-        order = torch.Generator().manual_seed(seed or 0)
-        return torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=order)
+        """The indices of all pairs (n,): as they lie, or shuffled by this seed alone."""
+        if seed is None:
+            return torch.arange(len(self))
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
-    def count(self, batch_size, least=1):
-        """The number of batches in an epoch: of at most `batch_size` pairs, but of at least `least`, given as many."""
-        return min(ceil(len(self) / batch_size), max(1, len(self) // least))
+    def count(self, batch_size, least=1, start=0):
+        """The number of batches in what an epoch has left after `start` pairs: of at most
+        `batch_size` pairs, but of at least `least`, given as many.
+        """
+        left = len(self) - start
+        return min(ceil(left / batch_size), max(1, left // least))
 
-    def indices(self, batch_size, seed=None, least=1):
-        """The indices of each batch: all pairs once, in that order, in count() batches of nearly equal size."""
-        return self.order(seed).tensor_split(self.count(batch_size, least))
+    def indices(self, batch_size, seed=None, start=0, least=1):
+        """The indices of each batch: the epoch's order(), but for the first `start` pairs, in
+        count() batches of nearly equal size. From where a batch ended they are the same batches.
+        """
+        left = self.order(seed)[start:]
+        if len(left) == 0:
+            return []
+        return list(left.tensor_split(self.count(batch_size, least, start)))
 
     def batches(self, batch_size, device='cpu', seed=None, start=0, part=0, parts=1, least=1):
-        """The batches of an epoch, from batch `start` on; each is read in a thread while the one before is in use.
-        Of each, one process of many takes the `part`th of so many `parts` (tensor_split). Where there is nothing for
-        it, it takes the first pair, to be weighed with 0: all processes take part in every step.
+        """The batches of an epoch, after its first `start` pairs; each is read in a thread while
+        the one before is in use. Of each, one process of many takes the `part`th of so many `parts`
+        (tensor_split). Where there is nothing for it, it takes the first pair, to be weighed with
+        0: all processes take part in every step.
         """
-        batches = self.indices(batch_size, seed, least)[start:]
-        mine = [batch.tensor_split(parts)[part] if part < len(batch) else batch[:1] for batch in batches]
+        mine = []
+        for batch in self.indices(batch_size, seed, start, least):
+            mine.append(batch.tensor_split(parts)[part] if part < len(batch) else batch[:1])
+        coming = None
         with ThreadPoolExecutor(1) as reader:
-            jobs = (reader.submit(self._read, indices, device) for indices in mine)
-            for job, _ in pairwise(chain(jobs, [None])):        # which looks one ahead
-                yield self._convert(job.result(), device)       # here: threads of arithmetic are this thread's
+            for indices in [*mine, None]:
+                packed = coming and coming.result()
+                if indices is not None:                     # read while the one before is in use
+                    coming = reader.submit(self._read, indices, device)
+                if packed:
+                    yield self._convert(packed, device)     # in this thread: it has threads itself
 
     def loudness(self):
-        """How loud each clip is (n,): the mean power of its bands in dB; of RGB LMS the mean brightness, 0 to 255."""
-        drawn = self.lms.dtype == np.uint8
-        parts = (_packed(self.lms, self.rows[i:i + 64]).float().flatten(1) for i in range(0, len(self), 64))
-        mean = torch.cat([(part if drawn else 10 ** (part / 10)).mean(1) for part in parts])
-        return mean if drawn else 10 * mean.log10()
+        """How loud each clip is (n,): the mean power of its bands in dB; of RGB LMS the mean
+        brightness, 0 to 255.
+        """
+        if self.lms.dtype == np.uint8:
+            return self._of_each(lambda lms: lms.flatten(1).mean(1))
+        return 10 * self._of_each(lambda lms: (10 ** (lms / 10)).flatten(1).mean(1)).log10()
 
+    def average_lms(self):
+        """The LMS averaged over time (n, 128) float32, dB; of RGB LMS over their width, flattened
+        (n, 3 S), 0 to 255.
+        """
+        return self._of_each(lambda lms: lms.mean(2).flatten(1))
 
-def _packed(array, rows):
-    """These rows of one of the cache's arrays, as a tensor."""
-    packed = torch.from_numpy(array[rows])
-    if hasattr(array.base, 'madvise'):      # what stays mapped would count as this process's memory
-        array.base.madvise(mmap.MADV_DONTNEED)
-    return packed
+    def _of_each(self, measure):
+        parts = []
+        for rows in np.split(self.rows, range(64, len(self), 64)):
+            parts.append(measure(torch.from_numpy(self.lms[rows]).float()))
+        return torch.cat(parts)
 
 
 def network_lms(lms, size):
-    """LMS as the network sees them, section 3.5: dB (B, 128, 22) -> (B, 1, size, size), or uint8 pictures, frames as
-    well, (B, size, size, 3) -> (B, 3, size, size); float32 in [-1, 1]. Bilinear, antialiased where that is a reduction.
+    """LMS as the network sees them, section 3.5: dB (B, 128, 22) -> (B, 1, size, size), or uint8
+    pictures, frames as well, (B, size, size, 3) -> (B, 3, size, size); float32 in [-1, 1].
+    Bilinear, antialiased where that is a reduction.
     """
     if lms.dtype == torch.uint8:
         return lms.permute(0, 3, 1, 2).float() / 127.5 - 1
     low, high = DB_RANGE
     scaled = ((lms.float() - low) * (2 / (high - low)) - 1).clamp(-1, 1).unsqueeze(1)
-    return F.interpolate(scaled, (size, size), mode='bilinear', align_corners=False, antialias=size < N_MELS)
+    return F.interpolate(scaled, (size, size), mode='bilinear', antialias=size < N_MELS)
 
 
-def recording_lms(waveform, sample_rate, size, hop=0.5):
-    """The LMS (n, 1, size, size) of the half seconds that begin every `hop` seconds of a recording, filled up with
-    silence after its end.
+def recording_lms(waveform, sample_rate, size, hop=0.5, batch_size=64):
+    """The LMS of the half seconds that begin every `hop` seconds of a recording, filled up with
+    silence after its end: yields (b, 1, size, size), b at most `batch_size`.
     """
-    starts = range(max(1, ceil((len(waveform) - 0.5) / sample_rate / hop)))         # round(start) is before the end
-    parts = [waveform[round(i * hop * sample_rate):][:ceil(sample_rate / 2)] for i in starts]
-    return network_lms(torch.from_numpy(np.stack([log_mel_spectrogram(part, sample_rate) for part in parts])), size)
-
-
-# ------------------------------------------------------------------------------- pairs, and pictures of them
-
-def example_clips(dataset):
-    """A pair of each class, of validation or, where that has none, train: [(title, (lms, image, label) of one)]."""
-    examples = []
-    for label, name in enumerate(dataset.classes):
-        split, title = ((dataset.validation, name) if label in dataset.validation.labels
-                        else (dataset.train, f'{name} (train)'))
-        examples.append((title, split.batch(torch.nonzero(split.labels == label)[0])))
-    return examples
-
-
-def hold_out(labels, seed):
-    """The indices of nine tenths of a split and of the rest, which is n // 10 pairs of each class, drawn by seed."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    classes = [order[labels[order] == label] for label in labels.unique()]
-    kept, tenth = zip(*((own[len(own) // 10:], own[:len(own) // 10]) for own in classes))
-    return torch.cat(kept).sort().values, torch.cat(tenth).sort().values
-
-
-def random_frames(train_labels, labels, own=False, seed=0):
-    """Draw a train pair of the class of each of `labels` (n,), by seed: indices (n,). With `own` the labels are train's
-    own, and each gets another pair than itself if its class has one.
-    """
-    generator, drawn = torch.Generator().manual_seed(seed), []
-    for i, label in enumerate(labels):
-        pairs = torch.nonzero(train_labels == label).flatten()
-        others = pairs[pairs != i] if own and len(pairs) > 1 else pairs
-        drawn.append(others[torch.randint(len(others), (), generator=generator)])
-    return torch.stack(drawn)
-
-
-def as_saved(image):
-    """Images (..., 3, S, S) in [-1, 1] as they would come back from a file: rounded to 256 levels."""
-    return ((image.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
-def picture(image):
-    """An image (3, S, S) in [-1, 1] as a PIL picture."""
-    pixels = ((as_saved(image).cpu() + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def lms_picture(lms):
-    """An LMS (1 or 3, S, S) in [-1, 1] as a PIL picture: low bands at the bottom, bright is loud; RGB as it is."""
-    if len(lms) == 3:
-        return picture(lms)
-    level = (lms[0].flip(0).cpu().numpy() + 1) / 2
-    stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
-    pixels = [np.interp(level, np.linspace(0, 1, 5), stop) for stop in stops.T]
-    return Image.fromarray(np.stack(pixels, axis=2).round().astype(np.uint8))
-
-
-def draw_grid(rows, path):
-    """Draw rows [(title, {column: picture})] as one PNG, tiles of 128 pixels or more; untitled rows all have heads."""
-    tile, top = max([128] + [image.width for _, images in rows for image in images.values()]), 0
-    font, step, (left, names) = ImageFont.load_default(size=15), tile + 4, (130, 1) if rows[0][0] else (4, len(rows))
-    sheet = Image.new('RGB', (left + len(rows[0][1]) * step, names * 28 + len(rows) * step), 'white')
-    draw = ImageDraw.Draw(sheet)
-    for title, images in rows:
-        named = not (title and top)
-        top += named * 28
-        draw.multiline_text((left - 8, top + tile / 2), title.replace('_', ' '), 'black', font, anchor='rm',
-                            align='right')
-        for x, (column, image) in enumerate(images.items()):
-            draw.text((left + x * step + tile / 2, top - 14), column * named, 'black', font, anchor='mm')
-            sheet.paste(image.resize((tile, tile), Image.Resampling.BICUBIC), (left + x * step, top))
-        top += step
-    with written_whole(path) as part:
-        sheet.save(part, 'PNG')
-
-
-@torch.inference_mode()
-def example_pictures(model, examples, device='cpu', nearest=None):
-    """[(title, {'LMS': picture, "I'": ..., "I''": ..., 'truth': ...})] of example clips, in eval mode; the model is
-    left in the mode it was in. `nearest` maps I'' (B, 3, S, S) to the train frames most like it, a further column.
-    """
-    training, rows = model.training, []
-    model.eval()
-    for title, (lms, image, label) in examples:
-        coarse, fine, _ = model(lms.to(device), label.to(device))
-        shown = {"I'": coarse, "I''": fine, 'truth': image} | ({'nearest in train': nearest(fine)} if nearest else {})
-        rows.append((title, {'LMS': lms_picture(lms[0]), **{name: picture(x[0]) for name, x in shown.items()}}))
-    model.train(training)
-    return rows
-
-
-@torch.inference_mode()
-def generate_recording(model, classes, waveform, sample_rate, label, size, device='cpu', hop=0.5):
-    """I'' every `hop` seconds of a recording (n,) in [-1, 1], as [(seconds, picture)]: each hears the half second from
-    its moment on, and silence after the end.
-    """
-    lms, label = recording_lms(waveform, sample_rate, size, hop), torch.tensor([classes.index(label)], device=device)
-    return [(i * hop, picture(model(part.to(device), label)[1][0])) for i, part in enumerate(lms.split(1))]
+    length = ceil(sample_rate / 2)
+    count = max(1, ceil((len(waveform) - 0.5) / sample_rate / hop))     # each begins before the end
+    for batch in torch.arange(count).split(batch_size):
+        lms = []
+        for i in batch.tolist():
+            start = round(i * hop * sample_rate)
+            lms.append(log_mel_spectrogram(waveform[start:start + length], sample_rate))
+        yield network_lms(torch.from_numpy(np.stack(lms)), size)
 
 
 # ----------------------------------------------------------------------------------------- command
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', metavar='DIR', required=True, help='the dataset folder to check and to pack')
-    parser.add_argument('--cache', metavar='DIR', help=f'where packed data is kept (default: {default_cache()})')
-    parser.add_argument('--size', type=int, default=256, metavar='N', help='side of the frames (default: 256)')
-    parser.add_argument('--strict', action='store_true', help='stop at any bad file')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True,
+                        help='the dataset folder to check and to pack')
+    parser.add_argument('--cache',
+                        help=f'where packed data is kept (default: {default_cache()})')
+    parser.add_argument('--size', type=int, default=256,
+                        help='side of the frames (default: 256)')
     args = parser.parse_args(argv)
-    if args.size < 1:
-        parser.error('--size must be at least 1')
-    data = open_dataset(args.data, args.size, args.cache, args.strict)
+    data = open_dataset(args.data, args.size, args.cache)
     print(f'{"class":20} train validation')
     for label, name in enumerate(data.classes):
-        print(f'{name:20} {(data.train.labels == label).sum():5} {(data.validation.labels == label).sum():10}')
+        train = (data.train.labels == label).sum()
+        validation = (data.validation.labels == label).sum()
+        print(f'{name:20} {train:5} {validation:10}')
 
 
 if __name__ == '__main__':

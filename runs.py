@@ -1,8 +1,13 @@
-"""What every command needs of files and processes: errors, progress, safe reading and writing, runs, devices, ranks."""
+"""What every command needs of files and processes: errors of one line, progress, safe files, a
+run's folder, the device, ranks.
+"""
+import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,7 +23,7 @@ except ImportError:         # Windows has neither
     fcntl = resource = None
 
 
-# ------------------------------------------------------------------------------------ errors, progress
+# ------------------------------------------------------------------------------ errors, progress
 
 class InputError(ValueError):
     """Something the user can fix: one line that names the file or the flag, and the remedy."""
@@ -26,16 +31,20 @@ class InputError(ValueError):
 
 def reason(error):
     """The error in a few words, without the path that the message around it already names."""
-    return (getattr(error, 'strerror', None) or str(error) or type(error).__name__).splitlines()[0]
+    words = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+    return words.splitlines()[0]
 
 
 def one_line(text):
-    """Text with file names in it as it can be printed: a name may hold line breaks, and bytes that are no text."""
+    """Text with file names in it as it can be printed: a name may hold line breaks."""
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run_command(main):
     """Run a command: what the user can fix is one line on stderr and exit code 2, no traceback."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):      # a class may have a name that the terminal lacks
+            stream.reconfigure(errors='backslashreplace')
     try:
         main()
     except (InputError, OSError) as error:
@@ -55,30 +64,39 @@ class Progress:
     """A line that is rewritten in place on a terminal; elsewhere a plain line every `seconds`."""
 
     def __init__(self, stream=None, seconds=10):
-        self.stream, self.seconds, self.printed = stream or sys.stderr, seconds, time.monotonic()
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.seconds = 0.2 if self.terminal else seconds
+        self.printed = time.monotonic()
 
     def due(self):
         """Whether it is time to print again: for texts that cost something to make."""
-        return time.monotonic() - self.printed >= (0.2 if self.stream.isatty() else self.seconds)
+        return time.monotonic() - self.printed >= self.seconds
 
     def __call__(self, text, last=False):
-        if last or self.due():
-            terminal, text = self.stream.isatty(), one_line(text)
-            print(f'\r{text}\x1b[K' if terminal else text, end='' if terminal and not last else '\n',
-                  file=self.stream, flush=True)
-            self.printed = time.monotonic()
+        if not (last or self.due()):
+            return
+        self.printed = time.monotonic()
+        if not self.terminal:
+            print(one_line(text), file=self.stream, flush=True)
+            return
+        end = '\n' if last else ''
+        print(f'\r{one_line(text)}\x1b[K', end=end, file=self.stream, flush=True)
 
 
-# ------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------- files
 
 def default_cache():
     """Where caches go unless a flag says otherwise: never into the data, which may be read-only."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'cargan'
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if cache.startswith('~'):       # a user without a home
+        cache = tempfile.gettempdir()
+    return Path(cache, 'cargan')
 
 
 @contextmanager
 def written_whole(path):
-    """Give a path beside `path` to write a file or folder to; move it into place once all is written."""
+    """Give a path beside `path` to write a file or folder to; move it into place when written."""
     part = Path(path).with_name(f'{Path(path).name}.part')
     _remove(part)                   # of a process that was killed
     try:
@@ -100,47 +118,69 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 
-def lock_file(file):
-    """Lock an open file or folder until it is closed or the process ends; False where another has locked it. Where
-    the file system has no locks, there is none."""
+def write_text(path, text):
+    """Write a text file, whole or not at all; file names in it may hold bytes that are no text."""
+    with written_whole(path) as part:
+        part.write_text(text, 'utf-8', 'backslashreplace')
+
+
+LOCKED = set()      # what this process has locked: (thread, folder)
+
+
+@contextmanager
+def locked(folder, wait=True):
+    """Have a folder to oneself until the block, or the process, ends. Raises BlockingIOError where
+    another process has it, unless it is to `wait`. Where the file system has no locks, it goes on.
+    """
+    held = threading.get_ident(), os.path.realpath(folder)
+    if fcntl is None or held in LOCKED:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        print(f'note: no locks here ({reason(error)}): let no two commands write the same folder', file=sys.stderr)
-    return True
+        except BlockingIOError:
+            if not wait:
+                raise
+            print(one_line(f'waiting for another process that writes in {folder}'), file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f'note: no locks here ({reason(error)}): let no two commands write one folder',
+                  file=sys.stderr)
+        LOCKED.add(held)
+        yield
+    finally:
+        LOCKED.discard(held)
+        os.close(file)
 
 
 @contextmanager
 def writing(path):
-    """Have a file or folder of the cache to oneself: another process that wants to write it waits here. Raises
+    """Have the folder of `path` to oneself; another process that wants to write there waits. Raises
     InputError where the disk refuses: full, read-only, a file where a folder should be.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f'{path.name}.lock'), 'w') as lock:    # let go of when the process ends, however
-            if not lock_file(lock):
-                print(one_line(f'waiting for another process that writes {path}'), file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path.parent):
             yield
     except OSError as error:
-        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name a folder elsewhere '
-                         'by --cache') from error
+        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name '
+                         'a folder elsewhere by --cache') from error
 
 
 def load_file(path, mmap=False, **kinds):
-    """Load the dict in a .pt file to the CPU without running anything in it; `mmap`: tensors are read when used. Raises
-    InputError, naming the file, where it cannot be read, or a key is missing or of another kind.
+    """Load the dict in a .pt file to the CPU without running anything in it; `mmap`: tensors are
+    read when used. Raises InputError, naming the file, where it cannot be read, or a key is missing
+    or of another kind.
     """
     if not Path(path).is_file():        # a pipe would be waited for
         raise InputError(f'{path}: no such file')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:      # torch answers a broken file with many kinds
-        raise InputError(f'{path}: not a file of weights that can be read ({reason(error)})') from error
+        raise InputError(f'{path}: not a readable file of weights ({reason(error)})') from error
     for key, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(key), kind):
             raise InputError(f'{path}: not a file that train.py wrote (no good {key!r} in it)')
@@ -148,13 +188,13 @@ def load_file(path, mmap=False, **kinds):
 
 
 def save_file(state, path):
-    """Write a .pt file, whole or not at all. Raises InputError, naming it, where the disk is full."""
+    """Write a .pt file, whole or not at all. Raises InputError where the disk is full."""
     try:
         with written_whole(path) as part:
             torch.save(state, part)
     except (OSError, RuntimeError) as error:        # torch answers a full disk with the latter
-        raise InputError(f'{path}: cannot be written ({reason(error)}); what was there before is still whole. '
-                         'Make room, and go on with --resume') from error
+        raise InputError(f'{path}: cannot be written ({reason(error)}); what was there before is '
+                         'still whole. Make room, and go on with --resume') from error
 
 
 def load_state(module, state, path):
@@ -165,65 +205,93 @@ def load_state(module, state, path):
         raise InputError(f'{path}: weights of another network ({reason(error)})') from error
 
 
-# -------------------------------------------------------------------------------- the folder of a run
+def digest(network):
+    """A name for a network's weights: they are the same where it is."""
+    weights = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    return weights.hexdigest()
+
+
+# ------------------------------------------------------------------------------ the folder of a run
+
+CONFIG_KINDS = dict(size=int, base=int, disc_base=int, epochs=int, seed=int, variant=str,
+                    classes=list, lms_channels=int, data=(str, type(None)),
+                    cache=(str, type(None)))
+
 
 def load_config(run):
     """The settings of a run, as train.py wrote them. Raises InputError where `run` is none."""
-    path = Path(run) / 'config.json'
+    path = Path(run, 'config.json')
     try:
         if not path.is_file():
             raise ValueError('no such file')
-        config = json.loads(path.read_text())
-        for name, kind in dict(size=int, base=int, disc_base=int, seed=int, variant=str, data=(str, type(None)),
-                               cache=(str, type(None))).items():
-            if not isinstance(config[name], kind) or kind is int and name != 'seed' and not 0 < config[name] <= 4096:
+        config = json.loads(path.read_text('utf-8'))
+        for name, kind in CONFIG_KINDS.items():
+            if not isinstance(config[name], kind):
+                raise ValueError(f'{name} {config[name]!r}')
+        for name in 'size', 'base', 'disc_base':
+            if not 0 < config[name] <= 4096:
                 raise ValueError(f'{name} {config[name]!r}')
         return config
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
 
 
-def write_config(run, settings, **found):
+def write_config(run, settings, **more):
     """Write config.json: the settings, and what the run found out about its data. Returns them."""
-    settings = dict(settings, resume=None, **found)
-    for name in ('data', 'cache'):
-        settings[name] = settings[name] and str(Path(settings[name]).resolve())
-    with written_whole(run / 'config.json') as part:
-        part.write_text(json.dumps(settings, indent=1) + '\n')
+    settings = dict(settings, resume=None, **more)
+    for name in 'data', 'cache':
+        if settings[name]:
+            settings[name] = str(Path(settings[name]).resolve())
+    write_text(run / 'config.json', json.dumps(settings, indent=1) + '\n')
     return settings
 
 
-@contextmanager
-def open_run(run, settings):
-    """Have a run's folder to oneself and write its settings there. Raises InputError where another process is at work
-    there, or, without settings['resume'], a run is there that got further than its settings.
-    """
-    def begun():
-        return not run.is_dir() or any(path.name not in ('config.json', 'samples') for path in run.iterdir())
+def epochs_done(run):
+    """The epochs in a run's checkpoint; 0 where it has none. Raises InputError for a broken one."""
+    path = Path(run, 'checkpoint.pt')
+    if not os.path.lexists(path):
+        return 0
+    return load_file(path, mmap=True, epoch=int)['epoch']
 
-    run, fresh = Path(run), not Path(run).exists()
-    if not (settings['resume'] or fresh) and begun():
-        raise InputError(f'{run}: not an empty folder; go on with it by --resume {run}, or name another by --out')
+
+@contextmanager
+def open_run(run, resume=False):
+    """Have a run's folder to oneself. Raises InputError where another process is at work there, or,
+    unless it is to `resume`, where a run is there already. What fails before it has begun leaves no
+    folder behind.
+    """
+    run = Path(run)
+    fresh = not run.exists()
+    if not (resume or fresh) and _begun(run):
+        raise InputError(f'{run}: not an empty folder; go on with it by --resume {run}, or name '
+                         'another by --out')
     try:
         (run / 'samples').mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f'{run}: cannot be made ({reason(error)}); name another folder by --out') from error
-    lock = os.open(run, os.O_RDONLY) if fcntl else None
+        raise InputError(f'{run}: cannot be made ({reason(error)}); name another folder by '
+                         '--out') from error
     try:
-        if lock and not lock_file(lock):
-            raise InputError(f'{run}: another process is training there; wait for it, or name another by --out')
-        write_config(run, settings)
-        yield run
+        with locked(run, wait=False):
+            yield run
+    except BlockingIOError as error:
+        raise InputError(f'{run}: another process is training there; wait for it, or name another '
+                         'by --out') from error
     except InputError:
-        if fresh and not begun():
+        if fresh and not _begun(run):
             shutil.rmtree(run)
         raise
-    finally:
-        if lock:
-            os.close(lock)
 
 
-# ------------------------------------------------------------------------------- device and processes
+def _begun(run):
+    """Whether a folder holds more than the settings of a run."""
+    if not run.is_dir():
+        return True
+    return any(path.name not in ('config.json', 'samples') for path in run.iterdir())
+
+
+# ---------------------------------------------------------------------------- device and processes
 
 def choose_device(name=None):
     """The device of this name; by default the first GPU, else the CPU. Raises InputError."""
@@ -237,7 +305,10 @@ def choose_device(name=None):
 
 def peak_memory():
     """The most memory that this process has had, in bytes; None on Windows."""
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def rank():
@@ -252,8 +323,9 @@ def world_size():
 
 @contextmanager
 def distributed(args):
-    """Join the processes of torchrun, where there are some; give each its GPU, and rank 0 alone a voice. One that fails
-    says why and ends at once: the others, in the midst of a step, fail in turn, or torchrun ends them.
+    """Join the processes of torchrun, where there are some; give each its GPU, and rank 0 alone a
+    voice. One that fails says why and ends at once: the others, in the midst of a step, fail in
+    turn, or torchrun ends them.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or 'LOCAL_RANK' not in os.environ:
         yield
@@ -270,10 +342,11 @@ def distributed(args):
             sys.stdout = nowhere if rank() else out
             yield
     except (InputError, OSError, RuntimeError) as error:
-        lost = isinstance(error, RuntimeError) and 'connection' in str(error).lower()
-        if isinstance(error, RuntimeError) and not lost:
-            raise
-        why = 'another process ended; its own message says why' if lost else error
+        why = error
+        if isinstance(error, RuntimeError):
+            if 'connection' not in str(error).lower():
+                raise
+            why = 'another process ended; its own message says why'
         print(one_line(f'error: process {rank()}: {why}'), file=sys.stderr, flush=True)
         out.flush()
         os._exit(2)
@@ -294,7 +367,9 @@ def rank0_first(work, local=False):
     """work() by rank 0 (with `local`, by the first process of each node) before all others."""
     if world_size() == 1:
         return work()
-    mine = rank() == 0 or local and os.environ['LOCAL_RANK'] == '0'
-    result = work() if mine else None
+    first = rank() == 0
+    if local:
+        first = os.environ['LOCAL_RANK'] == '0'
+    result = work() if first else None
     dist.barrier()
-    return result if mine else work()
+    return result if first else work()

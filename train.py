@@ -1,66 +1,227 @@
-"""Train CAR-GAN: first the classifier C on the real frames, then G1, G2 and D.
+"""Train CAR-GAN, sections 3.3 to 3.5: first the classifier C on real frames, then G1, G2 and D.
 
-    python train.py                                  # the built-in demo data, minutes on a CPU
-    python train.py --data Sub-URMP                  # the paper's run: 256x256, batch 64, 200 epochs
-    python train.py --data mydata --preset small     # little data: a gentler Adam, an average of the weights
-    python train.py --resume runs/NAME               # go on where a run stopped
-    python train.py --data Sub-URMP --variant all --seed 0 1 2 --out runs/paper     # Tables 1 and 2, Figures 4 to 6
-    torchrun --nproc_per_node=4 train.py --data Sub-URMP       # a process a GPU, on one node or many
+    python train.py                                 # the built-in demo data, minutes on a CPU
+    python train.py --data Sub-URMP                 # the paper's run: 256x256, batch 64, 200 epochs
+    python train.py --data mydata --preset small    # little data: a gentler Adam, averaged weights
+    python train.py --resume runs/NAME              # go on where a run stopped
+    python train.py --data Sub-URMP --variant all --seed 0 1 2 --out runs/paper    # its tables
+    torchrun --nproc_per_node=4 train.py --data Sub-URMP    # a process a GPU, on one node or many
 
-All settings are the paper's unless a preset or a flag says otherwise. A run is one folder: config.json,
-classifier.pt, checkpoint.pt (to go on), model.pt (to generate), log.csv, samples/, metrics.json, grid.png, report.html.
+All settings are the paper's unless a preset or a flag says otherwise. A run is one folder:
+config.json, classifier.pt (C), checkpoint.pt (to go on), model.pt (to generate), log.csv, samples/,
+report.html. What it has learned: python evaluate.py RUN.
 """
 import argparse
 import copy
-import itertools
 import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
+from math import ceil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import baselines
-from baselines import BASELINES, EPOCHS, SETTINGS
-from cargan import (VARIANTS, PatchDiscriminator, classification_loss, discriminator_loss, generator_loss, l1_loss,
-                    objective, recalibrate_batchnorm)
+from baselines import BASELINES, EPOCHS, SETTINGS, AudioClassifier
+from cargan import (VARIANTS, Classifier, PatchDiscriminator, classification_loss,
+                    discriminator_loss, generator_loss, l1_loss, objective)
 from demo import demo_data
-from evaluate import (compare_runs, digest, evaluate_run, get_audio_classifier, get_classifier, load_generators,
-                      make_model)
-from preprocess import draw_grid, example_clips, example_pictures, open_dataset
-from report import LOSSES, Log, report_text, way_back, write_page
-from runs import (InputError, Progress, broadcast, choose_device, default_cache, distributed, duration, load_config,
-                  load_file, load_state, open_run, peak_memory, rank, rank0_first, reason, run_command, save_file,
-                  world_size, write_config)
-
-SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4, betas=[0.5, 0.999],
-             saturating=False, ema=1500, classifier_epochs=10, lambdas=[0.1, 1.0, 100.0, 1.0, 1.0])
-PRESETS = {     # what each sets otherwise than the paper
-    'paper': {},
-    'small': dict(SMALL, size=128),
-    'demo': dict(SMALL, size=64, epochs=11, pretrained=False),
-}
-MODEL_SETTINGS = ('size', 'base', 'disc_base', 'variant')       # a checkpoint fits these alone
+from generate import (AUDIO_KEY, draw_grid, example_clips, example_pictures, kept_classifier,
+                      load_generators, make_model)
+from preprocess import open_dataset
+from report import LOSSES, Log, way_back, write_page
+from runs import (InputError, Progress, broadcast, choose_device, default_cache, digest,
+                  distributed, duration, epochs_done, load_config, load_file, load_state, one_line,
+                  open_run, peak_memory, rank, rank0_first, reason, run_command, save_file,
+                  world_size, write_config, writing)
 
 
-# ----------------------------------------------------------------------------------- one step of each
+# --------------------------------------------------------------------------- the classifier C (3.3)
+
+def hold_out(labels, seed):
+    """The indices of nine tenths of a split and of the rest, n // 10 of each class, by seed."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept, tenth = [], []
+    for label in labels.unique():
+        pairs = order[labels[order] == label]
+        kept.append(pairs[len(pairs) // 10:])
+        tenth.append(pairs[:len(pairs) // 10])
+    return torch.cat(kept).sort().values, torch.cat(tenth).sort().values
+
+
+PART_SECONDS = 5.0      # at least, between two files that a classifier's training goes on from
+
+
+def train_classifier(classifier, dataset, name='classifier', epochs=20, steps=None, lr=1e-3,
+                     batch_size=32, seed=0, device='cpu', gpus=(), part=None, source=1):
+    """Train a classifier on nine tenths of train with cross-entropy and a rate that falls to zero.
+    The last of those epochs counts that recognise most of the other tenth; the very last one where
+    no class has ten pairs.
+
+    steps: a bound on the epochs, for large data. source: which tensor of a batch to classify, 1 the
+    image, 0 the LMS. After epochs the file `part` is written, from which the training goes on.
+    Leaves the classifier at that epoch, in eval mode. Returns dict(classifier=its state, classes=,
+    accuracy=on validation, held_out=on the tenth or None, epoch=). Raises InputError where the loss
+    is not finite.
+    """
+    held_out = hold_out(dataset.train.labels, seed)
+    kept, tenth = (dataset.train.subset(indices) for indices in held_out)
+    count = kept.count(batch_size, least=2)         # BatchNorm cannot train on one picture
+    if steps is not None:
+        epochs = min(epochs, ceil(steps / count))
+    parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
+    groups = classifier.parameters()
+    if isinstance(classifier, AudioClassifier):
+        groups = classifier.parameter_groups()      # weight decay of some
+    optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+    progress, best, begun = Progress(sys.stdout), {}, 0
+    saved = time.monotonic()
+    if part is not None and part.exists():
+        state = load_file(part, classifier=dict, optimizer=dict, best=dict, epoch=int)
+        load_state(classifier, state['classifier'], part)
+        load_state(optimizer, state['optimizer'], part)
+        best, begun = state['best'], state['epoch']
+
+    for epoch in range(begun + 1, epochs + 1):
+        torch.manual_seed(seed + epoch)             # for dropout, where a classifier has some
+        classifier.train()
+        batches = kept.batches(batch_size, device, seed + epoch, least=2)
+        for step, batch in enumerate(batches, count * (epoch - 1)):
+            for group in optimizer.param_groups:
+                group['lr'] = lr * (1 - step / (epochs * count))
+            loss = F.cross_entropy(parallel(batch[source]), batch[2])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if progress.due():
+                progress(f'{name} epoch {epoch}/{epochs}  step {step % count + 1}/{count}  '
+                         f'loss {loss.item():.4f}')
+        if not loss.isfinite():
+            raise InputError(f'{name}: its loss is {loss.item()}; another --seed or --classifier '
+                             'FILE may help')
+        classifier.eval()
+        text, accuracy = f'{name} epoch {epoch}/{epochs}  loss {loss.item():.4f}', None
+        if len(tenth):
+            accuracy = measure_accuracy(classifier, tenth, batch_size, device, source)
+            text += f'  accuracy {accuracy:.4f} on a tenth of train'
+        progress(text, last=epoch == epochs)
+        if accuracy is None or accuracy >= best.get('held_out', -1):
+            weights = copy.deepcopy(classifier.state_dict())
+            best = dict(classifier=weights, held_out=accuracy, epoch=epoch)
+        if part is not None and time.monotonic() - saved >= PART_SECONDS:
+            save_file(dict(classifier=classifier.state_dict(), optimizer=optimizer.state_dict(),
+                           best=best, epoch=epoch), part)
+            saved = time.monotonic()
+
+    classifier.eval().load_state_dict(best['classifier'])
+    optimizer.zero_grad()           # the gradients would stay for as long as the classifier does
+    accuracy = measure_accuracy(classifier, dataset.validation, batch_size, device, source)
+    print(f'{name}: accuracy {accuracy:.4f} on validation after epoch {best["epoch"]}', flush=True)
+    return dict(best, classes=dataset.classes, accuracy=accuracy)
+
+
+@torch.inference_mode()
+def measure_accuracy(classifier, split, batch_size=64, device='cpu', source=1):
+    """The share of a split that a classifier recognises by the image or, source=0, the LMS."""
+    correct = 0
+    for batch in split.batches(batch_size, device):
+        correct += (classifier(batch[source]).argmax(dim=1) == batch[2]).sum().item()
+    return correct / len(split)
+
+
+def get_classifier(args, dataset, path, device, gpus=()):
+    """C: the classifier in the file `path`; before, that of --classifier is copied there, or one is
+    trained. Raises InputError where the file is of other classes, or ImageNet's weights are not to
+    be had.
+    """
+    if not path.exists():
+        part = path.with_name('classifier-part.pt')
+        with writing(path):     # the runs of a group share it: another command may train it now
+            if not path.exists():
+                save_file(make_classifier(args, dataset, part, device, gpus), path)
+                part.unlink(missing_ok=True)
+    state = load_file(path, classifier=dict, classes=list, accuracy=float)
+    _check_classes(state, dataset, path)
+    classifier = Classifier(len(dataset.classes), pretrained=False)
+    load_state(classifier, state['classifier'], path)
+    print(f'classifier: {path}, accuracy {state["accuracy"]:.4f} on validation')
+    return classifier.to(device)
+
+
+def _check_classes(state, dataset, path):
+    if state.get('classes') != dataset.classes:
+        raise InputError(f'{path}: a classifier of other classes than the data has')
+
+
+def make_classifier(args, dataset, part, device, gpus):
+    """What train_classifier() returns of C, or the file --classifier where a run made that."""
+    source = args.classifier
+    if source:
+        state = load_file(source)
+        if 'classifier' in state:
+            _check_classes(state, dataset, source)
+            return state
+    pretrained = source or args.pretrained
+    torch.manual_seed(args.seed)
+    try:
+        classifier = Classifier(len(dataset.classes), pretrained).to(device)
+    except Exception as error:
+        what = source or 'the ImageNet weights of ResNet50'
+        raise InputError(f"{what}: not to be had ({reason(error)}); give torchvision's "
+                         'resnet50-0676ba61.pth with --classifier FILE, or go without: '
+                         '--no-pretrained') from error
+    lr = 1e-4 if pretrained else 1e-3
+    batch_size = min(32, 4 * args.batch_size)       # one flag lowers the memory of both trainings
+    return train_classifier(classifier, dataset, epochs=args.classifier_epochs, lr=lr,
+                            batch_size=batch_size, seed=args.seed, device=device, gpus=gpus,
+                            part=part)
+
+
+KEPT_SEED = 190701826       # of the classifiers that are kept beside a dataset
+
+
+def kept_beside(dataset, name, make, key, device, **settings):
+    """A classifier make() of a dataset, trained once, from random weights, and kept beside the
+    dataset's cache: (the network in eval mode, frozen; its accuracy on validation).
+    """
+    path = dataset.folder / f'{name}.pt'
+    with torch.random.fork_rng(), writing(path):        # the run's random numbers stay its own
+        torch.manual_seed(KEPT_SEED)
+        network = make().to(device)
+        accuracy = kept_classifier(dataset, name, network, key)
+        if accuracy is None:
+            part = path.with_name(f'{name}-{dataset.fingerprint[:8]}-part.pt')
+            state = train_classifier(network, dataset, f'{name} classifier', seed=KEPT_SEED,
+                                     device=device, part=part, **settings)
+            accuracy = state['accuracy']
+            save_file(dict(state, key=f'{key} {dataset.fingerprint}'), path)
+            part.unlink(missing_ok=True)
+    return network.eval().requires_grad_(False), accuracy
+
+
+def get_audio_classifier(dataset, device='cpu'):
+    """S2IC's audio classifier of a dataset's sounds: (network, its accuracy on validation)."""
+    def make():
+        return AudioClassifier(len(dataset.classes), dataset.train.size, dataset.lms_channels)
+
+    return kept_beside(dataset, 'audio', make, AUDIO_KEY, device, epochs=300, steps=1500, source=0)
+
+
+# --------------------------------------------------------------------- one step of each side (3.4)
+# Modules, so that DataParallel can split them. Autocast is entered inside, as it is a thread's own.
+# Terms are means times the number of pairs, so that those of parts of a batch add up.
 
 class GeneratorStep(nn.Module):
-    """The G step's forward: a batch -> (L_C, L_cGAN and L_L1 (1, 3), times the batch's size, so that the parts
-    of a split batch add up; I' and I'' (B, stages, 3, S, S), detached, for the D step).
-
-    A module, so that DataParallel can split it. Autocast is entered inside, as it is a thread's own.
-    """
+    """The G step's forward: a batch -> L_C, L_cGAN and L_L1, (1, 3); I', I'', detached, for D."""
 
     def __init__(self, model, D, stage_weights=(1.0, 1.0), saturating=True, dtype=torch.float32):
         super().__init__()
@@ -69,84 +230,98 @@ class GeneratorStep(nn.Module):
 
     def forward(self, lms, image, label):
         with torch.autocast(lms.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            coarse, fine, coarse_logits = self.model(lms, label)
+            coarse, fine, coarse_logits = self.model(lms, label)                # I', I'', C(I')
             stages, logits = [coarse], [coarse_logits]
-            if self.model.variant != 'D':
+            if self.model.variant != 'D':                                       # D has no stage II
                 stages.append(fine)
                 logits.append(self.model.residue.classifier(fine))
-            fakes = [self.D(torch.cat([lms, stage], dim=1)) for stage in stages]
-            terms = torch.stack([classification_loss(label, *logits),
-                                 generator_loss(*fakes, weights=self.stage_weights, saturating=self.saturating),
-                                 l1_loss(image, *stages)])
-        return terms[None] * len(label), torch.stack(stages, dim=1).detach()
+            judged = [self.D(torch.cat([lms, stage], dim=1)) for stage in stages]
+            L_C = classification_loss(label, *logits)                           # Eq. (2)
+            L_cGAN = generator_loss(*judged, weights=self.stage_weights,        # Eq. (3) to (5)
+                                    saturating=self.saturating)
+            L_L1 = l1_loss(image, *stages)
+        terms = torch.stack([L_C, L_cGAN, L_L1])
+        return terms[None] * len(label), tuple(stage.detach() for stage in stages)
 
 
 class DiscriminatorStep(nn.Module):
-    """The D step's forward: a batch and its fakes (B, stages, 3, S, S) -> (L_D (1, 1), times the batch's size,).
+    """The D step's forward: a batch and the fakes of the G step -> L_D, (1,).
 
-    Real and fake images pass D in separate batches, as in [14]: in a common one each moves the BatchNorm
-    statistics that the others are judged by. With `model` the fakes are generated again, after G's step.
+    Real and fake images pass D in separate batches, as in [14]: in a common one each moves the
+    BatchNorm statistics that the others are judged by.
     """
 
-    def __init__(self, D, model=None, stage_weights=(1.0, 1.0), dtype=torch.float32):
+    def __init__(self, D, stage_weights=(1.0, 1.0), dtype=torch.float32):
         super().__init__()
-        self.D, self.model, self.stage_weights, self.dtype = D, model, stage_weights, dtype
+        self.D, self.stage_weights, self.dtype = D, stage_weights, dtype
 
     def forward(self, lms, image, label, fakes):
         with torch.autocast(lms.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.model is not None:
-                with torch.no_grad():
-                    fakes = torch.stack(self.model(lms, label)[:fakes.shape[1]], dim=1)
-            real, *fakes = [self.D(torch.cat([lms, x], dim=1)) for x in (image, *fakes.unbind(dim=1))]
-            loss = discriminator_loss(real, *fakes, weights=self.stage_weights)
-        return (loss[None, None] * len(label),)
+            real = self.D(torch.cat([lms, image], dim=1))
+            judged = [self.D(torch.cat([lms, fake], dim=1)) for fake in fakes]
+            L_D = discriminator_loss(real, *judged, weights=self.stage_weights)     # Eq. (3) to (5)
+        return L_D[None] * len(label)
 
 
 class Trainer:
-    """G1, G2, C and D with their optimisers: section 3.5's two alternating steps. Or a baseline's networks, trained
-    by its own losses; `audio` is S2IC's audio classifier.
+    """G1, G2, C and D with their optimisers: section 3.5's two alternating steps. Or a baseline's
+    networks, trained by its own losses; `audio` is S2IC's audio classifier.
     """
 
     def __init__(self, args, num_classes, lms_channels, classifier, device, gpus=(), audio=None):
-        torch.manual_seed(args.seed)        # the same start, whether C was trained just now or loaded
-        self.device, self.args = device, args
-        self.gpus = list(gpus) or [device] * (device.type == 'cuda')
-        self.epoch, self.step_in_epoch, self.steps = 0, 0, 0        # whole epochs, steps of the next one, of all
-        self.model = make_model(args.variant, num_classes, args.size, args.base, lms_channels, classifier,
-                                args.dropout, args.init_std, audio)
+        torch.manual_seed(args.seed)    # the same start, whether C was trained just now or loaded
+        self.args, self.device = args, device
+        self.gpus = list(gpus)
+        if device.type == 'cuda' and not gpus:
+            self.gpus = [device]
+        self.epoch, self.pairs = 0, 0       # whole epochs, and pairs of the one that has begun
+        self.steps = 0                      # of all epochs
+
+        self.model = make_model(args.variant, num_classes, args.size, args.base, lms_channels,
+                                classifier, args.dropout, args.init_std, audio)
         if args.variant in BASELINES:
-            self.D = BASELINES[args.variant][1](args.size, args.disc_base, lms_channels, args.init_std)
+            discriminator = BASELINES[args.variant][1]
+            self.D = discriminator(args.size, args.disc_base, lms_channels, args.init_std)
         else:
-            self.D = PatchDiscriminator(lms_channels + 3, args.disc_base, args.variant != 'A', args.init_std)
+            self.D = PatchDiscriminator(lms_channels + 3, args.disc_base, args.variant != 'A',
+                                        args.init_std)
         for network in self.model.train(), self.D:
-            network.to(device, memory_format=torch.channels_last)       # the faster layout, on a CPU too
-        C = self.model.residue.classifier
-        trained = [p for p in self.model.parameters() if p.requires_grad]                 # C is frozen
-        self.average = copy.deepcopy(self.model, {id(C): C}) if args.ema else None        # one C for both
-        self.averaged = [p.requires_grad_(False) for p in self.average.parameters() if p.requires_grad] \
-            if self.average else []
-        lambda_c, *lambdas, lambda_g1, lambda_g2 = args.lambdas
-        self.lambdas, stages = (0.0 if args.variant == 'B' else lambda_c, *lambdas), (lambda_g1, lambda_g2)
-        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': torch.float32}[amp_mode(args, device)]
+            network.to(device, memory_format=torch.channels_last)   # faster, on a CPU too
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = list(trained.values())       # all but C, which is frozen
+        self.average = None
+        if args.ema:        # copy, freeze, but share C; step() moves it
+            C = self.model.residue.classifier
+            self.average = copy.deepcopy(self.model, {id(C): C}).requires_grad_(False)
+            self.averaged = [self.average.get_parameter(name) for name in trained]
+
+        Adam = dict(lr=args.lr, betas=args.betas, fused=True)
+        self.G_optimizer = torch.optim.Adam(self.trained, **Adam)
+        self.D_optimizer = torch.optim.Adam(self.D.parameters(), **Adam)
+        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': torch.float32}[
+            amp_mode(args, device)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.G_optimizer = torch.optim.Adam(trained, lr=args.lr, betas=args.betas, fused=True)
-        self.D_optimizer = torch.optim.Adam(self.D.parameters(), lr=args.lr, betas=args.betas, fused=True)
+        lambda_c, self.lambda_gan, lambda_l1, *stage_weights = args.lambdas
+        if args.variant == 'B':
+            lambda_c = 0.0
+        self.lambdas = lambda_c, self.lambda_gan, lambda_l1
         if args.variant in BASELINES:
-            steps = [step(self.model, self.D, dtype) for step in (baselines.GeneratorStep, baselines.DiscriminatorStep)]
+            G_step = baselines.GeneratorStep(self.model, self.D, dtype)
+            D_step = baselines.DiscriminatorStep(self.model, self.D, dtype)
         else:
-            steps = (GeneratorStep(self.model, self.D, stages, args.saturating, dtype),
-                     DiscriminatorStep(self.D, self.model if args.fresh_fakes else None, stages, dtype))
-        self.set_requires_grad(self.G_optimizer)    # DistributedDataParallel asks here which weights a step moves
-        self.G_step = self._parallel(steps[0], gpus)
+            G_step = GeneratorStep(self.model, self.D, stage_weights, args.saturating, dtype)
+            D_step = DiscriminatorStep(self.D, stage_weights, dtype)
+        self.set_requires_grad(self.G_optimizer)    # DistributedDataParallel asks what a step moves
+        self.G_step = self._parallel(G_step, gpus)
         self.set_requires_grad(self.D_optimizer)
-        self.D_step = self._parallel(steps[1], gpus)
+        self.D_step = self._parallel(D_step, gpus)
         if rank() > 0:
-            torch.manual_seed(args.seed + 15485863 * rank())        # each process drops out its own features
+            torch.manual_seed(args.seed + 15485863 * rank())    # each process drops out its own
 
     def _parallel(self, step, gpus):
         if world_size() > 1:
-            return DistributedDataParallel(step, [self.device] if self.device.type == 'cuda' else None,
-                                           gradient_as_bucket_view=True)
+            devices = [self.device] if self.device.type == 'cuda' else None
+            return DistributedDataParallel(step, devices, gradient_as_bucket_view=True)
         return nn.DataParallel(step, gpus) if len(gpus) > 1 else step
 
     def set_requires_grad(self, optimizer):
@@ -155,48 +330,42 @@ class Trainer:
             for p in side.param_groups[0]['params']:
                 p.requires_grad_(side is optimizer)
 
-    def _update(self, step, optimizer, batches, scale, loss_fn):
-        """One side's step over the micro-batches of a batch; the processes add up their gradients at the last.
-        Returns the terms (k,), as this process's part of their mean, and what else the step gave of each.
-        """
-        self.set_requires_grad(optimizer)
-        optimizer.zero_grad()
-        total, others = 0, []
-        for i, batch in enumerate(batches, 1):
-            with step.no_sync() if world_size() > 1 and i < len(batches) else nullcontext():
-                terms, *other = step(*batch)
-                terms = terms.sum(dim=0) * scale
-                self.scaler.scale(loss_fn(terms)).backward()
-            total, others = total + terms.detach(), [*others, other]
-        self.scaler.step(optimizer)
-        return total, others
-
     def step(self, lms, image, label, size=None):
         """G1 and G2 with D fixed, then D with G1 and G2 fixed. Returns LOSSES (4,) on the device.
 
-        `size` is that of the whole batch, where other processes have a part of it; where it has fewer pairs than
-        there are processes, those that are left have a stand-in, which weighs nothing.
+        `size` is that of the whole batch, where other processes have a part of it; where it has
+        fewer pairs than there are processes, those that are left have a stand-in, which weighs
+        nothing.
         """
         size = size or len(label)
-        scale = (rank() < size) * world_size() / size       # DistributedDataParallel divides by world_size()
-        batches = list(zip(*(x.tensor_split(min(self.args.accumulate, len(label))) for x in (lms, image, label))))
-        L_G, fakes = self._update(self.G_step, self.G_optimizer, batches, scale,
-                                  lambda terms: objective(*terms, *self.lambdas))
-        L_D, _ = self._update(self.D_step, self.D_optimizer, [(*b, *f) for b, f in zip(batches, fakes)], scale,
-                              lambda terms: self.lambdas[1] * terms.sum())
+        share = world_size() / size         # DistributedDataParallel divides by world_size()
+        if rank() >= size:
+            share = 0.0
+
+        self.set_requires_grad(self.G_optimizer)
+        terms, fakes = self.G_step(lms, image, label)
+        terms = terms.sum(dim=0) * share                                    # L_C, L_cGAN, L_L1
+        self._descend(self.G_optimizer, objective(*terms, *self.lambdas))   # Eq. (6)
+
+        self.set_requires_grad(self.D_optimizer)
+        L_D = self.D_step(lms, image, label, fakes).sum() * share
+        self._descend(self.D_optimizer, self.lambda_gan * L_D)
+
         self.scaler.update()
         self.steps += 1
-        if self.average:        # its half-life is at most a fifth of the images seen
-            half_life = min(self.args.ema, 0.2 * self.steps * self.args.batch_size)
-            torch._foreach_lerp_(self.averaged, self.G_optimizer.param_groups[0]['params'],
-                                 1 - 0.5 ** (self.args.batch_size / half_life))
-        return torch.cat([L_G, L_D])
+        self._move_average()
+        return torch.cat([terms, L_D[None]]).detach()
 
-    def set_epoch(self, epoch):
-        """The learning rate of an epoch (from 1): constant, then linear to zero over --lr-decay-epochs."""
-        left, over = self.args.epochs + 1 - epoch, self.args.lr_decay_epochs + 1
-        for optimizer in self.G_optimizer, self.D_optimizer:        # a resume may have brought other settings
-            optimizer.param_groups[0].update(lr=self.args.lr * min(1.0, left / over), betas=tuple(self.args.betas))
+    def _descend(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+
+    def _move_average(self):
+        if self.average:        # its half-life is at most a fifth of the images seen
+            batch = self.args.batch_size
+            half_life = min(self.args.ema, 0.2 * self.steps * batch)
+            torch._foreach_lerp_(self.averaged, self.trained, 1 - 0.5 ** (batch / half_life))
 
     @property
     def inference(self):
@@ -207,90 +376,81 @@ class Trainer:
     def classifier_digest(self):
         return digest(self.model.residue.classifier)        # of 94 MB, which do not change
 
-    def state(self):
-        """All that a bit-exact resume needs, but for C."""
-        random = [(torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in self.gpus])]
-        if world_size() > 1:
-            mine, random = random[0], [None] * world_size()
-            dist.all_gather_object(random, mine)
-        return dict(epoch=self.epoch, step_in_epoch=self.step_in_epoch, steps=self.steps, random=random,
-                    model=generator_state(self.model), average=generator_state(self.average) if self.average else {},
-                    D=self.D.state_dict(), G_optimizer=self.G_optimizer.state_dict(),
-                    D_optimizer=self.D_optimizer.state_dict(), scaler=self.scaler.state_dict())
 
-    def save(self, run, split, classifier='classifier.pt'):
-        """Recalibrate BatchNorm on pictures of `split` and write checkpoint.pt and model.pt, each whole or not
-        at all; C is in the file `classifier`, relative to the run. Raises InputError where the weights are not
-        finite (the files before are kept) or the disk is full.
-        """
-        if rank() == 0:
-            batches = split.batches(max(self.args.batch_size, 16), self.device, self.args.seed)
-            recalibrate_batchnorm(self.inference, batches)
-        state = self.state()            # of all processes
-        for name, tensor in itertools.chain(*(state[kind].items() for kind in ('model', 'average', 'D'))):
-            if not tensor.isfinite().all():
-                raise InputError(f'{name} is not finite after step {self.steps}; {way_back(run)}')
-        if rank() == 0:
-            C = dict(classifier=classifier, classifier_digest=self.classifier_digest)
-            save_file(dict(state, **C), run / 'checkpoint.pt')
-            save_file(dict(C, model=state['average'] or state['model'], epoch=self.epoch, steps=self.steps),
-                      run / 'model.pt')
+# ---------------------------------------------------------------------------------------- the loop
 
-    def load(self, path):
-        """Go on from a checkpoint. Raises InputError, naming the file, where it does not fit."""
-        state = load_file(path, epoch=int, step_in_epoch=int, steps=int, model=dict, average=dict, D=dict,
-                          G_optimizer=dict, D_optimizer=dict, scaler=dict, random=list)
-        load_generators(self.model, state['model'], path)
-        if self.average:            # one that begins now begins with the weights
-            load_generators(self.average, state['average'] or state['model'], path)
-        load_state(self.D, state['D'], path)
-        try:
-            for optimizer, kept in (self.G_optimizer, state['G_optimizer']), (self.D_optimizer, state['D_optimizer']):
-                optimizer.load_state_dict(kept)
-                for p, moments in optimizer.state.items():
-                    if any(moments[name].shape != p.shape for name in ('exp_avg', 'exp_avg_sq')):
-                        raise ValueError('the optimiser is of other weights')
-            if state['scaler']:         # of fp16 alone
-                self.scaler.load_state_dict(state['scaler'])
-            self.epoch, self.step_in_epoch, self.steps = state['epoch'], state['step_in_epoch'], state['steps']
-            if len(state['random']) == world_size():
-                random, cuda_random = state['random'][rank()]
-                torch.set_rng_state(random)
-                for gpu, random in zip(self.gpus, cuda_random):
-                    torch.cuda.set_rng_state(random, gpu)
-        except Exception as error:      # whatever a file from a stranger holds
-            raise InputError(f'{path}: not a checkpoint of this run ({reason(error)})') from error
+def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
+    """The epochs that are left: a checkpoint with a picture grid every --sample-every of them and
+    at the end, another every ten minutes and when a signal asks to stop. `classifier`: C's file,
+    from the run.
+    """
+    split, progress, examples = dataset.train, Progress(sys.stdout), example_clips(dataset)
+    log = Log(run / 'log.csv', trainer.steps)
+    left = (args.epochs - trainer.epoch) * len(split) - trainer.pairs
+    start, seen = time.monotonic(), 0
+
+    for epoch in range(trainer.epoch + 1, args.epochs + 1):
+        order = args.seed + 1000003 * epoch     # of the epoch alone: a resume needs no state
+        batches = split.batches(args.batch_size, trainer.device, order, trainer.pairs, rank(),
+                                world_size())
+        for indices, batch in zip(split.indices(args.batch_size, order, trainer.pairs), batches):
+            losses = trainer.step(*batch, size=len(indices))
+            trainer.pairs += len(indices)
+            seen += len(indices)
+            log.add(trainer.steps, epoch, losses,
+                    lambda indices=indices: [split.stems[i] for i in indices])
+            if seen == len(indices) and rank() == 0:
+                save_config(args, run, dataset)     # a resume has begun: its settings are the run's
+            whole = trainer.pairs == len(split)
+            if whole or progress.due():
+                rate = seen / (time.monotonic() - start)
+                words = [f'epoch {epoch}/{args.epochs}', f'pair {trainer.pairs}/{len(split)}']
+                words += [f'{name} {loss:.4f}' for name, loss in zip(LOSSES, losses.tolist())]
+                words += [f'{rate:.1f} images/s', f'{duration((left - seen) / rate)} left']
+                progress('  '.join(words), last=whole)
+            if whole:
+                trainer.epoch, trainer.pairs = epoch, 0
+            sampled = whole and (epoch % args.sample_every == 0 or epoch == args.epochs)
+            if saver.due() or sampled:
+                log.flush()         # first, as it may find that the weights are not worth keeping
+                save_checkpoint(trainer, run, split, classifier)
+                if rank() == 0:
+                    seconds = time.monotonic() - start
+                    args.made['epoch'] = trainer.epoch
+                    args.made['since the last start'] = (f'{duration(seconds)}, '
+                                                         f'{seen / seconds:.1f} images/s')
+                    save_config(args, run, dataset)
+            if sampled and rank() == 0:
+                rows = example_pictures(trainer.inference, examples, trainer.device)
+                draw_grid(rows, run / 'samples' / f'epoch-{epoch:04d}.png')
+                write_page(run)
+            if saver.signal:
+                return
 
 
-def generator_state(model):
-    """The state_dict of G1 and G2 alone: C is in a file of its own."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith('residue.')}
+def save_config(args, run, dataset):
+    """Write what a run's config.json holds."""
+    write_config(run, vars(args), classes=dataset.classes, lms_channels=dataset.lms_channels)
 
 
-def amp_mode(args, device):
-    """What --amp stands for on this device: bf16 on a GPU that has it, off elsewhere."""
-    return args.amp or ('bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported(False) else 'off')
+# -------------------------------------------------------------------------------- nothing is lost
 
+SAVE_MINUTES = 10.0
 
-def set_precision(args, device):
-    """TF32 unless --amp off asks for float32; an evaluation before may have left it otherwise."""
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = amp_mode(args, device) != 'off'
-
-
-# ---------------------------------------------------------------------------------- nothing is lost
 
 class Saver:
-    """When to save: every `minutes`, and as soon as SIGINT or SIGTERM asks to end. While it is open, the first
-    signal lets the step under way come to its end; a second SIGINT ends the process at once. `again` is the
-    command that goes on.
+    """Says when to save: every ten minutes, and once SIGINT or SIGTERM asks to stop. While it is
+    open the first signal lets the step under way come to its end; a second SIGINT ends the process
+    at once.
     """
 
-    def __init__(self, minutes, again):
-        self.minutes, self.again, self.signal, self.saved = minutes, again, 0, time.monotonic()
+    def __init__(self):
+        self.signal = 0
+        self.saved = time.monotonic()
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.previous = {number: signal.signal(number, self._stop) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -298,347 +458,503 @@ class Saver:
             signal.signal(number, handler)
 
     def _stop(self, number, frame):
-        self.signal = number
+        self.asked = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(2, b'\nfinishing the step; it will be saved\n')        # print() is not safe here
 
-    def end(self, number):
-        """End as the signal of this number asks, if there was one."""
-        if number:
-            print(f'\nstopped by {signal.Signals(number).name} and saved; go on with: {self.again}')
-            sys.exit(128 + number)
+    asked = 0       # the signal that has come; `signal`, that all processes know of
 
-    def __call__(self, save, now=False):
-        """After a step: save() where it is time or `now`, and end where a signal came."""
-        now = now or time.monotonic() - self.saved >= 60 * self.minutes
-        wish = torch.tensor([self.signal, now], dtype=torch.int64)
-        if world_size() > 1:            # all processes stop after the same step
+    def due(self):
+        """Whether to save after this step. All processes ask, and have the same answer."""
+        late = time.monotonic() - self.saved >= 60 * SAVE_MINUTES
+        wish = torch.tensor([self.asked, late], dtype=torch.int64)
+        if world_size() > 1:
             dist.all_reduce(wish, dist.ReduceOp.MAX)
-        number, due = wish.tolist()
-        if number or due:
-            save()
+        self.signal, late = wish.tolist()
+        if late:
             self.saved = time.monotonic()
-        self.end(number)
+        return bool(self.signal or late)
 
 
-# --------------------------------------------------------------------------------------------- GAN
+@torch.no_grad()
+def recalibrate_batchnorm(model, batches, pictures=256):
+    """Set the running statistics of the generators' BatchNorm to those over so many pictures of
+    `batches`, (lms, image, label) each, without dropout: at the paper's learning rate the weights
+    outrun the running averages, which training does not read. Variances are over all pictures at
+    once: small batches lose what lies between their means.
+    """
+    training, sums, done = model.training, {}, 0
+    norms = [module for module in model.train().modules()       # C's stay in eval mode
+             if isinstance(module, nn.BatchNorm2d) and module.training]
 
-def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
-    """The epochs that are left: a checkpoint and a picture grid every --sample-every of them and at the end."""
-    split, progress, examples = dataset.train, Progress(sys.stdout), example_clips(dataset)
-    log, start, seen = Log(run / 'log.csv', trainer.steps), time.monotonic(), 0
-    count = split.count(args.batch_size)
-    left = (args.epochs - trainer.epoch) * len(split) - trainer.step_in_epoch * len(split) // count
+    def add_moments(norm, inputs):
+        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)              # (C,)
+        moments = torch.stack([torch.ones_like(mean), mean, var + mean ** 2]).cpu().double()
+        sums[norm] = sums.get(norm, 0) + moments * (inputs[0].numel() // len(mean))     # (3, C)
 
-    def save(grid=None):
-        log.flush()                 # first, as it may find that the weights are no longer worth keeping
-        trainer.save(run, split, classifier)
-        if grid and rank() == 0:
-            draw_grid(example_pictures(trainer.inference, examples, trainer.device), grid)
-            seconds = time.monotonic() - start
-            args.made['since the last start'] = f'{duration(seconds)}, {seen / seconds:.1f} images/s'
-            write_config(run, vars(args), classes=dataset.classes, lms_channels=dataset.lms_channels)
-            write_page(run)
-
-    for epoch in range(trainer.epoch + 1, args.epochs + 1):
-        trainer.set_epoch(epoch)
-        order = args.seed + 1000003 * epoch     # follows from the epoch alone: a resume needs no state
-        indices = split.indices(args.batch_size, order)
-        for batch in split.batches(args.batch_size, trainer.device, order, trainer.step_in_epoch, rank(),
-                                   world_size()):
-            whole = indices[trainer.step_in_epoch]
-            losses = trainer.step(*batch, size=len(whole))
-            trainer.step_in_epoch += 1
-            log.add(trainer.steps, epoch, losses, lambda whole=whole: [split.stems[i] for i in whole])
-            if args.resident and not seen:      # what a step needs is taken by now, and what is free is known
-                split.to(trainer.device)
-            seen += len(whole)
-            last = trainer.step_in_epoch == count
-            if last or progress.due():
-                rate = seen / (time.monotonic() - start)
-                progress(f'epoch {epoch}/{args.epochs}  step {trainer.step_in_epoch}/{count}  '
-                         + '  '.join(f'{name} {loss:.4f}' for name, loss in zip(LOSSES, losses.tolist()))
-                         + f'  {rate:.1f} images/s  {duration((left - seen) / rate)} left', last=last)
-            if not last:
-                saver(save)
-        trainer.epoch, trainer.step_in_epoch = epoch, 0
-        sampled = epoch % args.sample_every == 0 or epoch == args.epochs
-        saver(partial(save, sampled and run / 'samples' / f'epoch-{epoch:04d}.png'), now=sampled)
+    model.eval()
+    hooks = [norm.train().register_forward_pre_hook(add_moments) for norm in norms]
+    for lms, _, label in batches:
+        model(lms, label)
+        done += len(label)
+        if done >= pictures:
+            break
+    for hook in hooks:
+        hook.remove()
+    for norm, (n, total, squares) in sums.items():      # what of CMCGAN does not generate has none
+        norm.num_batches_tracked.zero_()        # the same after every save
+        norm.running_mean.copy_(total / n)
+        norm.running_var.copy_((squares - total ** 2 / n) / (n - 1))
+    model.train(training)
 
 
-# ---------------------------------------------------------------------------------------- benchmark
+def generator_state(model):
+    """The state_dict of G1 and G2 alone: C is in a file of its own."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.startswith('residue.')}
 
-def flop_counter():
-    """A counter of floating-point operations; the CPU's attention, which not every release of torch counts, too."""
-    aten = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)})
+
+def trainer_state(trainer):
+    """All that a bit-exact resume needs, but for C."""
+    mine = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in trainer.gpus]
+    random = [mine]
+    if world_size() > 1:
+        random = [None] * world_size()
+        dist.all_gather_object(random, mine)
+    state = dict(epoch=trainer.epoch, pairs=trainer.pairs, steps=trainer.steps, random=random)
+    state['model'] = generator_state(trainer.model)
+    state['average'] = generator_state(trainer.average) if trainer.average else {}
+    for name in 'D', 'G_optimizer', 'D_optimizer', 'scaler':
+        state[name] = getattr(trainer, name).state_dict()
+    return state
+
+
+def save_checkpoint(trainer, run, split, classifier='classifier.pt'):
+    """Recalibrate BatchNorm on pictures of `split`; write model.pt, then checkpoint.pt, each whole
+    or not at all: no kill leaves a model.pt older than the checkpoint. C is in the file
+    `classifier`, relative to the run. Raises InputError where the weights are not finite (the files
+    before are kept) or the disk is full.
+    """
+    if rank() == 0:
+        batches = split.batches(max(trainer.args.batch_size, 16), trainer.device, trainer.args.seed)
+        recalibrate_batchnorm(trainer.inference, batches)
+    state = trainer_state(trainer)      # of all processes
+    for network in 'model', 'average', 'D':
+        for name, tensor in state[network].items():
+            if not tensor.isfinite().all():
+                raise InputError(f'{name} is not finite after step {trainer.steps}; '
+                                 f'{way_back(run)}')
+    if rank() == 0:
+        C = dict(classifier=classifier, classifier_digest=trainer.classifier_digest)
+        save_file(dict(C, model=state['average'] or state['model'], epoch=trainer.epoch,
+                       steps=trainer.steps), run / 'model.pt')
+        save_file(dict(C, **state), run / 'checkpoint.pt')
+
+
+def load_checkpoint(trainer, path):
+    """Go on from a checkpoint. Raises InputError, naming the file, where it does not fit, or was
+    trained with another C.
+    """
+    state = load_file(path, model=dict, average=dict, D=dict, classifier_digest=str)
+    if state['classifier_digest'] != trainer.classifier_digest:
+        raise InputError(f'{path.parent / state["classifier"]}: not the classifier that {path} was '
+                         'trained with; put that one back')
+    load_generators(trainer.model, state['model'], path)
+    if trainer.average:         # one that begins now begins with the weights
+        load_generators(trainer.average, state['average'] or state['model'], path)
+    load_state(trainer.D, state['D'], path)
+    try:
+        for name in 'G_optimizer', 'D_optimizer':
+            optimizer = getattr(trainer, name)
+            optimizer.load_state_dict(state[name])
+            group, = optimizer.param_groups
+            group.update(lr=trainer.args.lr, betas=tuple(trainer.args.betas))
+            for p, moments in optimizer.state.items():
+                if any(moments[name].shape != p.shape for name in ('exp_avg', 'exp_avg_sq')):
+                    raise ValueError('the optimiser is of other weights')
+        if state['scaler']:     # of fp16 alone
+            trainer.scaler.load_state_dict(state['scaler'])
+        if len(state['random']) == world_size():
+            random, cuda_random = state['random'][rank()]
+            torch.set_rng_state(random)
+            for gpu, random in zip(trainer.gpus, cuda_random):
+                torch.cuda.set_rng_state(random, gpu)
+        for name in 'epoch', 'pairs', 'steps':
+            setattr(trainer, name, int(state[name]))
+    except Exception as error:  # whatever a file from a stranger holds
+        raise InputError(f'{path}: not a checkpoint of this run ({reason(error)})') from error
+
+
+# -------------------------------------------------------------------------------------- a whole run
+
+def amp_mode(args, device):
+    """What --amp stands for on this device: bf16 on a GPU that has it, off elsewhere."""
+    if args.amp is None and device.type == 'cuda' and torch.cuda.is_bf16_supported(False):
+        return 'bf16'
+    return args.amp or 'off'
+
+
+def set_precision(args, device):
+    """TF32 unless --amp off asks for float32."""
+    torch.backends.cudnn.benchmark = True
+    tf32 = amp_mode(args, device) != 'off'
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def device_name(device):
     """What the networks compute on, in words."""
-    return (torch.cuda.get_device_name(device) if device.type == 'cuda' else
-            f'{platform.machine()} CPU, {torch.get_num_threads()} threads')
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
 
 
-def commit():
-    """The commit of this code, or '' where it is in no repository."""
+def classifier_file(args, run):
+    """Where C is, or will be: the runs of a group share it. Raises InputError where the one that a
+    checkpoint was trained with is gone.
+    """
+    checkpoint = run / 'checkpoint.pt'
+    if os.path.lexists(checkpoint):         # a broken link is no reason to start again
+        path = run / load_file(checkpoint, mmap=True, classifier=str)['classifier']
+        if not path.exists():
+            raise InputError(f'{path}: the classifier that {checkpoint} was trained with is gone; '
+                             'put it back')
+        return path
+    return (run.parent if args.group else run) / 'classifier.pt'
+
+
+def train(args, run, device, gpus):
+    """A run from its data to its last checkpoint. Returns the signal that stopped it, or 0."""
+    set_precision(args, device)
+    if args.resume and args.data and not Path(args.data).is_dir():
+        raise InputError(f'{args.data}: the data of {run} is not there; say where by --data DIR')
+    data = rank0_first(lambda: args.data or demo_data(args.size, args.cache), local=True)
+    dataset = rank0_first(lambda: open_dataset(data, args.size, args.cache, workers=args.workers),
+                          local=True)
+    if len(dataset.classes) < 2:
+        raise InputError(f'{data}: only one class, {dataset.classes[0]}: a classifier needs two')
+    if rank() == 0:
+        args.made['machine'] = device_name(device)
+        if not args.resume:     # a resume that is refused leaves its run as it was
+            save_config(args, run, dataset)
+    where = f'GPUs {gpus}' if len(gpus) > 1 else str(device)
+    if world_size() > 1:
+        where = f'{world_size()} processes, this one on {where}'
+    print(f'run {run}: {len(dataset.train)} pairs in train, {len(dataset.validation)} in '
+          f'validation, {len(dataset.classes)} classes; on {where}', flush=True)
     try:
-        return subprocess.run(['git', '-C', Path(__file__).parent, 'rev-parse', '--short', 'HEAD'], capture_output=True,
-                              text=True).stdout.strip()
-    except OSError:
-        return ''
+        path = classifier_file(args, run)
+        classifier = rank0_first(lambda: get_classifier(args, dataset, path, device, gpus))
+        audio = None
+        if args.variant == 'S2IC':
+            audio, _ = rank0_first(lambda: get_audio_classifier(dataset, device), local=True)
+        trainer = Trainer(args, len(dataset.classes), dataset.lms_channels, classifier, device,
+                          gpus, audio)
+        if (run / 'checkpoint.pt').exists():
+            load_checkpoint(trainer, run / 'checkpoint.pt')
+            print(f'resumed after {trainer.epoch} of {args.epochs} epochs and {trainer.pairs} '
+                  'pairs')
+        with Saver() as saver:
+            train_gan(trainer, dataset, args, run, saver, os.path.relpath(path, run))
+        return saver.signal
+    except torch.OutOfMemoryError as error:
+        raise InputError(f'the memory of {device} is too small: --batch-size {args.batch_size} '
+                         'must be lower') from error
 
+
+def run_one(args, run, device, gpus, again):
+    """Train a run, alone in its folder; say by which command it goes on where it was stopped."""
+    with open_run(run, args.resume) if rank() == 0 else nullcontext():
+        try:
+            number = train(args, run, device, gpus)
+        except KeyboardInterrupt:       # while the data is packed, or a classifier trained
+            print('\nstopped; a classifier goes on from an epoch that ended at most five seconds '
+                  f'before its last. Go on with: {again}')
+            raise
+    if number:
+        print(f'\nstopped by {signal.Signals(number).name} and saved; go on with: {again}')
+        sys.exit(128 + number)
+
+
+# ------------------------------------------------------------------------------------- several runs
+
+def is_done(args, run):
+    """Whether a run's checkpoint has all its epochs; a broken one is for its training to name."""
+    try:
+        return epochs_done(run) >= args.epochs
+    except InputError:
+        return False
+
+
+def plan_runs(settings):
+    """The runs of parse_args(), [(settings, folder)]; one that is there goes on. Raises InputError
+    where one that is there, and not done, has other settings.
+    """
+    first = settings[0]
+    if first.resume or not first.group:
+        name = Path(first.data).resolve().name if first.data else 'demo'
+        new = f'runs/{name}-{first.variant}-{time.strftime("%Y%m%d-%H%M%S")}'
+        return [(first, Path(first.resume or first.out or new))]
+    plan = []
+    for args in settings:
+        run = Path(args.out, f'{args.variant}-seed-{args.seed}')
+        if (run / 'config.json').exists():
+            config = load_config(run)
+            args.resume, args.made = str(run), config['made']   # the same command in other words
+            if not is_done(args, run):
+                _check_same(args, config, run)
+        plan.append((args, run))
+    return plan
+
+
+def _check_same(args, config, run):
+    for name, value in vars(args).items():
+        if name in ('data', 'cache') and value:
+            value = str(Path(value).resolve())
+        if name in ('out', 'resume', 'device', 'workers', 'classifier'):
+            continue
+        if config.get(name) != value:
+            raise InputError(f'{run}: its {name} is {config.get(name)}, not {value}: the same '
+                             f'settings go on there; finish it by --resume {run}, or name another '
+                             '--out')
+
+
+def train_all(plan, device, gpus):
+    """The runs of a group that are not done, one after the other. One that fails does not keep the
+    others: raises InputError at the end, naming those that failed.
+    """
+    left = broadcast([(args, run) for args, run in plan if not is_done(args, run)])
+    start, failed = time.monotonic(), []
+    for done, (args, run) in enumerate(left):
+        text = f'\nrun {len(plan) - len(left) + done + 1} of {len(plan)}: {run}'
+        if done:
+            seconds = (time.monotonic() - start) / done * (len(left) - done)
+            text += f'; all will be done in about {duration(seconds)}'
+        print(text)
+        try:
+            run_one(args, run, device, gpus, 'the same command')
+        except InputError as error:
+            if world_size() > 1:        # the other processes may wait for this one
+                raise
+            failed.append(run)
+            print(one_line(f'{run} failed: {error}'), file=sys.stderr)
+    if failed:
+        names = ', '.join(map(str, failed))
+        raise InputError(f'{len(failed)} of {len(plan)} runs failed: {names}; each said why above. '
+                         'Finish them by --resume; then the same command goes on')
+
+
+# ---------------------------------------------------------------------------------------- benchmark
 
 def benchmark(args, device, gpus):
-    """Time --benchmark steps on random data; print images/s, arithmetic and peak memory."""
+    """Time --benchmark steps on random data; print images/s and peak memory."""
     set_precision(args, device)
     trainer = Trainer(args, 13, 1, None, device, gpus)
-    local = -(-args.batch_size // world_size())
-    batch = (torch.rand(local, 1, args.size, args.size, device=device) * 2 - 1,
-             torch.rand(local, 3, args.size, args.size, device=device) * 2 - 1,
-             torch.arange(local, device=device) % 13)
-    steps = trainer.G_step, trainer.D_step
-    if len(gpus) > 1:       # the threads of DataParallel would escape the counter
-        trainer.G_step, trainer.D_step = (step.module for step in steps)
-    with flop_counter() as counter:
-        trainer.step(*(x[:2] for x in batch))
-    work = counter.get_total_flops() / min(2, local)
-    trainer.G_step, trainer.D_step = steps
-    for step in range(3 + args.benchmark):      # three that warm up: memory, cuDNN's choice
+    local = ceil(args.batch_size / world_size())
+    lms, image = (torch.rand(local, channels, args.size, args.size, device=device) * 2 - 1
+                  for channels in (1, 3))
+    batch = lms, image, torch.arange(local, device=device) % 13
+    for _ in range(3):      # they warm up: memory, cuDNN's choice
         losses = trainer.step(*batch)
-        if step == 2:
-            losses.tolist()         # waits for the device
-            start = time.monotonic()
+    losses.tolist()         # waits for the device
+    start = time.monotonic()
+    for _ in range(args.benchmark):
+        losses = trainer.step(*batch)
     losses.tolist()
     rate = args.benchmark * local * world_size() / (time.monotonic() - start)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else peak_memory()
-    print(f'size {args.size}, base {args.base}, disc-base {args.disc_base}, batch {local * world_size()}, '
-          f'amp {amp_mode(args, device)}; {device_name(device)}\n'
-          f'{rate:.2f} images/s, {work / 1e9:.1f} GFLOP per image: {rate * work / 1e12:.2f} TFLOP/s'
-          + (f'; peak memory {peak / 1e9:.2f} GB' if peak else ''), flush=True)
+    peak = peak_memory()
+    if device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated(device)
+    print(f'size {args.size}, base {args.base}, disc-base {args.disc_base}, batch '
+          f'{local * world_size()}, amp {amp_mode(args, device)}; {device_name(device)}')
+    text = f'{rate:.2f} images/s'
+    if peak:
+        text += f'; peak memory {peak / 1e9:.2f} GB'
+    print(text, flush=True)
 
 
 # ----------------------------------------------------------------------------------------- command
 
-class OneOrMore(argparse.Action):
-    """A value, or a list of them where several are given."""
+SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4,
+             betas=[0.5, 0.999], saturating=False, ema=1500, classifier_epochs=10,
+             lambdas=[0.1, 1.0, 100.0, 1.0, 1.0])
+PRESETS = {     # what each sets otherwise than the paper
+    'paper': {},
+    'small': dict(SMALL, size=128),
+    'demo': dict(SMALL, size=64, epochs=7, classifier_epochs=3, pretrained=False),
+}
+MODEL_SETTINGS = ('size', 'base', 'disc_base', 'variant')       # a checkpoint fits these alone
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+def number(convert, least, below=None):
+    """A type of argparse: numbers from `least`, and less than `below` where that is given."""
+    def parse(text):
+        value = convert(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f'{text}: must be a number from {least}')
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f'{text}: must be less than {below}')
+        return value
+    parse.__name__ = convert.__name__
+    return parse
+
+
+def power_of_two(text):
+    value = int(text)
+    if value < 32 or value & (value - 1):
+        raise argparse.ArgumentTypeError(f'{text}: must be a power of two from 32')
+    return value
 
 
 def make_parser():
-    def number(convert, least, condition=lambda value: True, what=''):
-        def parse(text):
-            value = convert(text)
-            if value < least or not condition(value):
-                raise argparse.ArgumentTypeError(f'{text}: must be {what or "a number"} from {least}')
-            return value
-        parse.__name__ = convert.__name__
-        return parse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('what to train on, and where').add_argument
-    add('--data', metavar='DIR',
-        help='dataset: DIR/{chunk,img}/{train,validation}/<class>/<stem>.{wav,jpg} (default: demo data)')
-    add('--cache', metavar='DIR', help=f'where packed data is kept (default: {default_cache()})')
-    add('--out', metavar='DIR', help='folder of the run, or of several (default: runs/<data>-<variant>-<time>)')
-    add('--resume', metavar='DIR', help='go on with this run, with its settings')
-    add('--preset', choices=PRESETS, metavar='NAME', help='paper, small (little data) or demo (small at 64x64); flags '
-        'override what it sets (default: paper with --data, else demo)')
-    add('--workers', type=number(int, 1), metavar='N', help='threads that read files (default: one a core)')
-    add('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (default: all GPUs, else the CPU)')
-    add('--seed', type=number(int, 0), nargs='+', action=OneOrMore, default=0, metavar='N',
-        help='of the weights, the order and dropout; several: a run each, below --out (default: 0)')
-    add('--sample-every', type=number(int, 1), default=5, metavar='N',
-        help='epochs between checkpoints with picture grids (default: 5)')
-    add('--save-minutes', type=number(float, 0.0), default=10.0, metavar='X',
-        help='between other checkpoints (default: 10)')
-    add('--benchmark', type=number(int, 1), metavar='N', help='time N steps on random data and train nothing')
-
-    add = parser.add_argument_group('speed and memory').add_argument
-    add('--amp', choices=('bf16', 'fp16', 'off'),
-        help='precision of the networks; losses and residue are float32 (default: bf16 on a GPU, else off)')
-    add('--accumulate', type=number(int, 1), default=1, metavar='K',
-        help='go through each batch in K micro-batches: less memory, the same step but for BatchNorm (default: 1)')
-    add('--no-resident', dest='resident', action='store_false', help='leave the dataset on the disk, off the GPU')
+    add('--data', help='dataset: DIR/{chunk,img}/{train,validation}/<class>/'
+        '<stem>.{wav,jpg} (default: demo data)')
+    add('--cache', help=f'where packed data is kept (default: {default_cache()})')
+    add('--out',
+        help='folder of the run, or of several (default: runs/<data>-<variant>-<time>)')
+    add('--resume', help='go on with this run, with its settings')
+    add('--preset', choices=PRESETS, help='paper, small (little data) or demo (small at '
+        '64x64); flags override what it sets (default: paper with --data, else demo)')
+    add('--workers', type=number(int, 1), help='threads that read files (default: one a core)')
+    add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs, else the CPU)')
+    add('--seed', type=number(int, 0), nargs='+', default=0, help='of the weights, the order '
+        'and dropout; several: a run each, below --out (default: 0)')
+    add('--sample-every', type=number(int, 1), default=5,
+        help='epochs between picture grids, with a checkpoint each (default: 5)')
+    add('--amp', choices=('bf16', 'fp16', 'off'), help='precision of the networks; losses and '
+        'residue are float32 (default: bf16 on a GPU, else off)')
+    add('--benchmark', type=number(int, 1), help='time N steps on random data, train nothing')
 
     add = parser.add_argument_group('the model').add_argument
-    add('--variant', choices=(*VARIANTS, *BASELINES, 'all'), nargs='+', action=OneOrMore, default='E', metavar='V',
-        help='; '.join(f'{k}: {v}' for k, v in VARIANTS.items()) + "; S2IC, CMCGAN: Table 2's others, with an Adam, a "
-        'start and losses of their own; several, or all: a run each, below --out (default: E)')
-    add('--size', type=number(int, 32, lambda n: n & (n - 1) == 0, 'a power of two'), default=256, metavar='N',
-        help='side of the pictures (default: 256)')
-    add('--base', type=number(int, 1), default=64, metavar='N', help="the U-Nets' first width (default: 64)")
-    add('--disc-base', type=number(int, 1), default=64, metavar='N', help="the PatchGAN's first width (default: 64)")
-    add('--dropout', type=number(float, 0.0, lambda p: p < 1, 'a probability'), default=0.5, metavar='P',
+    variants = '; '.join(f'{name}: {text}' for name, text in VARIANTS.items())
+    add('--variant', choices=(*VARIANTS, *BASELINES, 'all'), nargs='+', default='E',
+        help=f"{variants}; S2IC, CMCGAN: Table 2's others, with an Adam, a start and losses of "
+        'their own; several, or all: a run each, below --out (default: E)')
+    add('--size', type=power_of_two, default=256, help='side of the pictures (default: 256)')
+    add('--base', type=number(int, 1), default=64, help="the U-Nets' first width (default: 64)")
+    add('--disc-base', type=number(int, 1), default=64,
+        help="the PatchGAN's first width (default: 64)")
+    add('--dropout', type=number(float, 0.0, below=1.0), default=0.5,
         help="in the U-Nets' decoder, training only (default: 0.5)")
-    add('--init-std', type=number(float, 0.0), default=0.2, metavar='X', help='start from N(0, X) (default: 0.2)')
+    add('--init-std', type=number(float, 0.0), default=0.2,
+        help='start from N(0, X) (default: 0.2)')
 
     add = parser.add_argument_group('the training').add_argument
-    add('--batch-size', type=number(int, 1), default=64, metavar='N', help='pairs a step, over all GPUs (default: 64)')
-    add('--epochs', type=number(int, 1), default=200, metavar='N', help='of G1, G2 and D (default: 200)')
-    add('--lr', type=number(float, 0.0), default=0.0008, metavar='X', help='learning rate of Adam (default: 0.0008)')
-    add('--lr-decay-epochs', type=number(int, 0), default=0, metavar='N',
-        help='linear to zero over the last N epochs (default: 0, constant)')
-    add('--betas', type=number(float, 0.0), nargs=2, default=[0.9, 0.999], metavar='X', help='(default: 0.9 0.999)')
-    add('--ema', type=number(int, 0), default=0, metavar='N',
-        help='generate with an average of the weights whose half-life is N images (default: 0, none)')
-    add('--lambdas', type=number(float, 0.0), nargs=5, default=[1.0, 1.0, 100.0, 1.0, 1.0], metavar='X',
-        help="weights of L_C (variant B: always 0), L_cGAN and L_L1 in Eq. (6), of I' and I'' in Eq. (5) "
-             '(default: 1 1 100 1 1)')
+    add('--batch-size', type=number(int, 1), default=64,
+        help='pairs a step, over all GPUs (default: 64)')
+    add('--epochs', type=number(int, 1), default=200, help='of G1, G2 and D (default: 200)')
+    add('--lr', type=number(float, 0.0), default=0.0008,
+        help='learning rate of Adam (default: 0.0008)')
+    add('--betas', type=number(float, 0.0), nargs=2, default=[0.9, 0.999],
+        help='of Adam (default: 0.9 0.999)')
+    add('--ema', type=number(int, 0), default=0,
+        help='generate with an average of the weights of this half-life, in images (default: none)')
+    add('--lambdas', type=number(float, 0.0), nargs=5, default=[1.0, 1.0, 100.0, 1.0, 1.0],
+        help="weights of L_C (variant B: always 0), L_cGAN and L_L1 in Eq. (6), of I' and I'' in "
+        'Eq. (5) (default: 1 1 100 1 1)')
     add('--saturating', action=argparse.BooleanOptionalAction, default=True,
-        help="G minimises log(1 - D), the equations' letter; otherwise -log D (default: --saturating)")
-    add('--fresh-fakes', action='store_true', help="generate again for D's step (default: it sees those of G's)")
-
-    add = parser.add_argument_group('the classifier C').add_argument
-    add('--classifier', metavar='FILE', help='the classifier.pt of another run, used as it is, or '
+        help="G minimises log(1 - D), the equations' letter (default); otherwise -log D")
+    add('--classifier', help='C: the classifier.pt of another run, used as it is, or '
         "torchvision's resnet50-0676ba61.pth, to start from (default: downloaded once)")
-    add('--no-pretrained', dest='pretrained', action='store_false', help='start C without the ImageNet weights')
-    add('--classifier-epochs', type=number(int, 1), default=20, metavar='N',
-        help='the best by a held-out tenth of train counts (default: 20)')
-    add('--classifier-batch-size', type=number(int, 2), default=32, metavar='N', help='(default: 32)')
+    add('--no-pretrained', dest='pretrained', action='store_false',
+        help='start C without the ImageNet weights')
+    add('--classifier-epochs', type=number(int, 1), default=20,
+        help='of C; the best by a held-out tenth of train counts (default: 20)')
     return parser
 
 
 def parse_args(argv=None):
-    """The settings of each run that is asked for, one for each variant and seed: flags given, else those of the run
-    to resume, else a baseline's own, else the preset's, else the paper's. Raises InputError where flags would change
-    the model of a resumed run, or a baseline has no such choice.
+    """The settings of each run that is asked for, one for each variant and seed: flags given, else
+    those of the run to resume, else a baseline's own, else the preset's, else the paper's. Raises
+    InputError where flags would change the model of a resumed run, or a baseline has no such
+    choice.
     """
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {name: value for name, value in given.items() if value is not None}         # the flags that were typed
-    variants, seeds = (list(dict.fromkeys(x if isinstance(x, list) else [x]))
-                       for x in (given.get('variant', 'E'), given.get('seed', 0)))
-    variants = [*VARIANTS, *BASELINES] if 'all' in variants else variants
+    given = {name: value for name, value in given.items() if value is not None}     # as typed
+    variants = list(dict.fromkeys(given.get('variant', ['E'])))         # each once
+    if 'all' in variants:
+        variants = [*VARIANTS, *BASELINES]
+    seeds = list(dict.fromkeys(given.get('seed', [0])))
     group = len(variants) * len(seeds) > 1          # which shares C
     if group and ('benchmark' in given or 'resume' in given or 'out' not in given):
-        raise InputError('several runs: --out is needed, and neither --benchmark nor --resume goes with them; the '
-                         'same command again goes on with those that are not done')
+        raise InputError('several runs: --out is needed, and neither --benchmark nor --resume goes '
+                         'with them; the same command again goes on with those that are not done')
+    if 'seed' in given:
+        given['seed'] = seeds[0]
+    if 'variant' in given:
+        given['variant'] = variants[0]
     if 'resume' in given:
-        config = load_config(given['resume'])
-        kept = config.keys() & {*defaults, 'group', 'made'} - {'resume', 'device', 'benchmark'}
-        settings = {**defaults, 'group': False, 'made': {}, **{name: config[name] for name in kept}, **given}
-        for name in MODEL_SETTINGS:
-            if settings[name] != config[name]:
-                raise InputError(f'--{name.replace("_", "-")} {settings[name]}: {given["resume"]} was trained with '
-                                 f'{config[name]}; leave the flag out, or start a run of its own')
+        settings = _resumed(defaults, given)
         variants = [settings['variant']]
-    for name in given.keys() & {'dropout', 'saturating', 'fresh_fakes'} if {*variants} & {*BASELINES} else ():
-        raise InputError(f'--{name.replace("_", "-")}: S2IC and CMCGAN have no such choice; leave the flag out, or '
-                         'train them by a command of their own')
+    for variant in variants:
+        for name in 'dropout', 'saturating':
+            if variant in BASELINES and name in given:
+                raise InputError(f'--{name}: S2IC and CMCGAN have no such choice; leave the flag '
+                                 'out, or train them by a command of their own')
     if 'resume' in given:
         return [argparse.Namespace(**settings)]
 
-    preset = given.get('preset') or ('paper' if 'data' in given or 'benchmark' in given else 'demo')
+    preset = 'paper' if 'data' in given or 'benchmark' in given else 'demo'
+    preset = given.get('preset', preset)
     if 'data' not in given and 'benchmark' not in given:
         print("no --data: the built-in demo data; the paper's run: python train.py --data Sub-URMP")
-    found = []
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(['python', 'train.py', *words])
+    runs, said = [], set()
     for variant in variants:
-        own = PRESETS[preset]
+        chosen = PRESETS[preset]
         if variant in BASELINES:
-            own = own | SETTINGS | ({'epochs': EPOCHS[variant]} if preset == 'paper' else {})
-        settings = {**defaults, **own, **given, 'preset': preset, 'variant': variant, 'group': group, 'made': {
-            'command': shlex.join(['python', 'train.py', *(sys.argv[1:] if argv is None else argv)])}}
-        if own and (variant in BASELINES or not {*variants[:variants.index(variant)]} - {*BASELINES}):
-            print(f'model {variant}, preset {preset}: ' + ', '.join(
-                f'{name} {settings[name]} (paper {defaults[name]})' for name in own))
-        found += [argparse.Namespace(**dict(settings, seed=seed)) for seed in seeds]
-    return found
+            chosen = chosen | SETTINGS
+            if preset == 'paper':
+                chosen['epochs'] = EPOCHS[variant]
+        settings = defaults | chosen | given
+        settings |= dict(preset=preset, variant=variant, group=group)
+        family = variant if variant in BASELINES else 'CAR-GAN'     # whose variants choose the same
+        if chosen and family not in said:
+            said.add(family)
+            values = [f'{name} {settings[name]} (paper {defaults[name]})' for name in chosen]
+            print(f'model {variant}, preset {preset}: {", ".join(values)}')
+        for seed in seeds:
+            runs.append(argparse.Namespace(**settings | dict(seed=seed, made={'command': command})))
+    return runs
 
 
-def plan_runs(found):
-    """The runs of parse_args(), [(settings, folder)]; one that is there goes on. Raises InputError where one that is
-    there has other settings.
-    """
-    if not found[0].group or found[0].resume:
-        args = found[0]
-        name = Path(args.data).resolve().name if args.data else 'demo'
-        return [(args, Path(args.resume or args.out
-                            or f'runs/{name}-{args.variant}-{time.strftime("%Y%m%d-%H%M%S")}'))]
-    plan = []
-    for settings in found:
-        run = Path(settings.out, f'{settings.variant}-seed-{settings.seed}')
-        if (run / 'config.json').exists():      # go on, with the same settings alone
-            settings.resume, config = str(run), load_config(run)
-            settings.made = config.setdefault('made', {})       # it may be the same command in other words
-            for name, value in vars(settings).items():
-                if name in ('data', 'cache') and value:
-                    value = str(Path(value).resolve())
-                if name not in ('out', 'resume', 'device', 'workers', 'save_minutes') and config.get(name) != value:
-                    raise InputError(f'{run}: its {name} is {config.get(name)}, not {value}: the same settings go on '
-                                     'there; others want another --out')
-        plan.append((settings, run))
-    return plan
-
-
-def train(args, run, device, gpus, again):
-    """A run from its data to its figures; `again` is the command that goes on."""
-    set_precision(args, device)
-    data = rank0_first(lambda: args.data or demo_data(args.size, args.cache), local=True)
-    dataset = rank0_first(lambda: open_dataset(data, args.size, args.cache, workers=args.workers), local=True)
-    if len(dataset.classes) < 2:
-        raise InputError(f'{data}: only one class, {dataset.classes[0]}: a classifier needs at least two')
-    if rank() == 0:
-        args.made = {**args.made, 'machine': device_name(device), 'commit': commit()}
-        config = write_config(run, vars(args), classes=dataset.classes, lms_channels=dataset.lms_channels)
-    print(f'run {run}: {len(dataset.train)} pairs in train, {len(dataset.validation)} in validation, '
-          f'{len(dataset.classes)} classes; on '
-          + (f'{world_size()} processes, this one on ' if world_size() > 1 else '')
-          + (f'GPUs {gpus}' if len(gpus) > 1 else str(device)), flush=True)
-    path = (run.parent if args.group else run) / 'classifier.pt'        # the runs of a group share C
-    advice = f'--classifier-batch-size {args.classifier_batch_size} must be lower'
-    audio = None
-    if args.variant == 'S2IC':
-        audio, _ = rank0_first(lambda: get_audio_classifier(dataset, device), local=True)
-    try:
-        with Saver(args.save_minutes, again) as saver:
-            classifier = rank0_first(lambda: get_classifier(args, dataset, path, device, gpus,
-                                                            lambda: saver.end(saver.signal)))
-            advice = (f'--batch-size {args.batch_size} must be lower, or the same batch in more micro-batches: '
-                      f'--accumulate {2 * args.accumulate}')
-            trainer = Trainer(args, len(dataset.classes), dataset.lms_channels, classifier, device, gpus, audio)
-            if os.path.lexists(run / 'checkpoint.pt'):       # a broken link is no reason to start again
-                trainer.load(run / 'checkpoint.pt')
-                print(f'resumed after {trainer.epoch} of {args.epochs} epochs and {trainer.step_in_epoch} steps')
-            train_gan(trainer, dataset, args, run, saver, os.path.relpath(path, run))
-    except torch.OutOfMemoryError as error:
-        resident = dataset.train.resident_bytes
-        raise InputError(f'the memory of {device} is too small: {advice}' + (
-            f'; --no-resident frees the {resident / 1e9:.1f} GB of the dataset' if resident else '')) from error
-    if rank() == 0:
-        print(report_text(run, config, evaluate_run(run, config, trainer.inference, dataset, device,
-                                                    trained=dict(epoch=trainer.epoch, steps=trainer.steps))))
-        write_page(run)
-        print(f'its page: {run / "report.html"}', flush=True)
+def _resumed(defaults, given):
+    """The settings of a run to go on with. Raises InputError where flags would change its model."""
+    config = load_config(given['resume'])
+    kept = config.keys() & {*defaults, 'group', 'made'} - {'resume', 'device', 'benchmark'}
+    settings = {**defaults, 'group': False, 'made': {}}
+    settings |= {name: config[name] for name in kept} | given
+    for name in MODEL_SETTINGS:
+        if settings[name] != config[name]:
+            flag = name.replace('_', '-')
+            raise InputError(f'--{flag} {settings[name]}: {given["resume"]} was trained with '
+                             f'{config[name]}; leave the flag out, or start a run of its own')
+    return settings
 
 
 def main(argv=None):
-    found = parse_args(argv)
-    args = found[0]
+    settings = parse_args(argv)
+    args = settings[0]
     with distributed(args):
         device = choose_device(args.device)
-        gpus = list(range(torch.cuda.device_count())) if args.device in (None, 'cuda') else []
+        gpus = []
+        if args.device in (None, 'cuda'):
+            gpus = list(range(torch.cuda.device_count()))
         if args.benchmark:
             return benchmark(args, device, gpus)
-        plan = broadcast(plan_runs(found) if rank() == 0 else None)
-        left = broadcast([(settings, run) for settings, run in plan if not (run / 'metrics.json').exists()])
-        begun = time.monotonic()
-        for done, (settings, run) in enumerate(left if len(plan) > 1 else plan):
-            if len(plan) > 1:
-                seconds = (time.monotonic() - begun) / max(1, done) * (len(left) - done)
-                print(f'\nrun {len(plan) - len(left) + done + 1} of {len(plan)}: {run}'
-                      + (f'; all will be done in about {duration(seconds)}' if done else ''))
-            again = f'python train.py --resume {run}' if len(plan) == 1 else 'the same command'
-            with open_run(run, vars(settings)) if rank() == 0 else nullcontext():
-                train(settings, run, device, gpus, again)
-        if len(plan) > 1 and rank() == 0:
-            compare_runs([run for _, run in plan], args.out)
+        plan = broadcast(plan_runs(settings) if rank() == 0 else None)
+        if len(plan) > 1:
+            train_all(plan, device, gpus)
+            target = args.out
+        else:
+            args, target = plan[0]
+            run_one(args, target, device, gpus, f'python train.py --resume {target}')
+        print(f'now: python evaluate.py {target}', flush=True)
 
 
 if __name__ == '__main__':
