@@ -2360,7 +2360,8 @@ def test_equal_rows_are_at_the_distance_of_their_means():
 def test_kernel_distance_is_the_formula(n, m):
     """The unbiased estimate of MMD^2 with the kernel (x.y / d + 1)^3; n of 2500 comes in blocks."""
     a, b = features(n), features(m, seed=1)
-    K_aa, K_bb, K_ab = ((x @ y.T / 24 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    K_aa, K_bb = (a @ a.T / 24 + 1) ** 3, (b @ b.T / 24 + 1) ** 3
+    K_ab = (a @ b.T / 24 + 1) ** 3
     within_a = (K_aa.sum() - np.trace(K_aa)) / (n * (n - 1))
     within_b = (K_bb.sum() - np.trace(K_bb)) / (m * (m - 1))
     expected = within_a + within_b - 2 * K_ab.mean()
@@ -2849,7 +2850,8 @@ def cells(text):
     table = re.search(r'(?:^\|.*\|\n?)+', text, re.M)[0].splitlines()
     assert len(set(map(len, table))) == 1
     assert re.fullmatch(r'(\|-+)+\|', table[1])
-    return [[cell.strip() for cell in line[1:-1].split('|')] for line in (table[0], *table[2:])]
+    del table[1]
+    return [[cell.strip() for cell in line[1:-1].split('|')] for line in table]
 
 
 def seeds(*factors, **fine):
@@ -2864,8 +2866,8 @@ def seeds(*factors, **fine):
             other_sound=dict(l1=fine['l1'] + 0.03),
             wrong_label=dict(accuracy=0.1, accuracy_given=0.6 * factor))
 
-    return [dict(data='/urmp', size=64, epoch=20, pictures=dict(train=3000, validation=2048),
-                 train=kinds(factor / 2), validation=kinds(factor)) for factor in factors]
+    about = dict(data='/urmp', size=64, epoch=20, pictures=dict(train=3000, validation=2048))
+    return [dict(about, train=kinds(factor / 2), validation=kinds(factor)) for factor in factors]
 
 
 def of_model(fid, inception_score, accuracy, match):
@@ -2991,8 +2993,10 @@ def test_without_e_there_is_nothing_to_claim_and_without_fid_nothing_by_it(tmp_p
     assert 'claims' not in text
     assert 'label given' not in text
     assert [row[0] for row in cells(text.split('## Table 2')[1])][:3] == ['', 'S2IC', 'real frames']
-    columns = {model: (model, seeds(0.9, 1, 1.1, fid_independent=fid, is_independent=None, l1=0.1))
-               for model, fid in (('B', 24), ('E', 12))}
+    columns = {}
+    for model, fid in ('B', 24), ('E', 12):
+        runs = seeds(0.9, 1, 1.1, fid_independent=fid, is_independent=None, l1=0.1)
+        columns[model] = model, runs
     text = report.paper_tables(columns, tmp_path)
     (_, found), = claims(text).items()
     assert found == [('confirmed', 'fid_independent', '12 +- 1.2 against 24 +- 2.4')]
@@ -3014,8 +3018,11 @@ class Page(HTMLParser):
         self.tags, self.text, self.open = [], '', []
         self.feed(path.read_text('utf-8'))
         self.names = [name for name, _ in self.tags]
-        self.images = [Image.open(io.BytesIO(b64decode(more['src'].partition(',')[2])))
-                       for name, more in self.tags if name == 'img']
+        self.images = []
+        for name, more in self.tags:
+            if name == 'img':
+                file = io.BytesIO(b64decode(more['src'].partition(',')[2]))
+                self.images.append(Image.open(file))
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
@@ -3054,8 +3061,11 @@ def finished(tmp_path):
         name: dict(accuracy_independent=accuracy) for name, accuracy in recognised.items()}
     metrics['validation']['failures'] = dict(clips=9, wrong=4, near_silent=3, near_silent_wrong=2)
     (run / 'metrics.json').write_text(json.dumps(metrics))
-    write_log(run, [(step, 1 + (step - 1) // 10, *(k + 100 / step for k in range(4)))
-                    for step in range(1, 201)])
+    rows = []
+    for step in range(1, 201):
+        losses = [k + 100 / step for k in range(4)]
+        rows.append((step, 1 + (step - 1) // 10, *losses))
+    write_log(run, rows)
     for epoch in range(1, 21):
         Image.new('RGB', (90, 60), (10 * epoch, 0, 0)).save(run / f'samples/epoch-{epoch:04d}.png')
     Image.new('RGB', (100, 60), (0, 200, 0)).save(run / 'grid.png')
