@@ -1710,7 +1710,7 @@ def test_a_stop_before_the_first_step_does_not_say_that_it_is_saved(
         train.main(run_flags(two_classes, tmp_path / 'run'))
     out = capsys.readouterr().out
     assert 'and saved' not in out
-    assert f'as of its last whole epoch. Go on with: python train.py --resume {tmp_path}' in out
+    assert f'Go on with: python train.py --resume {tmp_path}' in out
 
 
 def test_a_second_sigint_ends_at_once(monkeypatch):
