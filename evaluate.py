@@ -651,13 +651,14 @@ def main(argv=None):
         if args.out and not several:
             folder = args.out
         model, metrics = evaluate_run(run, folder, config, dataset, networks, args, device)
-        if folder == run:
-            write_page(run)
         if several:
             pictures = example_pictures(model, examples, device)
             results.append(Result(config, metrics, pictures))
         else:
             print(report_text(folder, config, metrics))
+        if folder == run:
+            write_page(run)
+            print(f"\n{run}'s page: {run / 'report.html'}")
     if several:
         if len(folders) == 1 and not args.out:
             args.out = folders[0] / inside

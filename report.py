@@ -105,10 +105,10 @@ def table(columns, split):
     return text
 
 
-def kind_columns(metrics, kinds):
-    """The columns of one run for those of the {kind: title} that it has."""
+def kind_columns(metrics, split, kinds):
+    """The columns of one run for those of the {kind: title} that a split has."""
     return {title: ([metrics], kind, kind)
-            for kind, title in kinds.items() if kind in metrics['validation']}
+            for kind, title in kinds.items() if kind in metrics[split]}
 
 
 def summary(runs):
@@ -134,8 +134,6 @@ def dataset_text(metrics):
 def report_text(run, config, metrics):
     """The metrics of one run as Markdown: summary, a table for each split, mistakes."""
     variant = config['variant']
-    columns = kind_columns(metrics, GENERATED | CONTROLS)
-    columns[GENERATED['fine']] = [metrics], 'fine', variant
     recognised = {name: of_class['accuracy_independent']
                   for name, of_class in metrics['validation']['fine']['classes'].items()}
     worst = sorted(recognised, key=recognised.get)[:3]
@@ -146,7 +144,11 @@ def report_text(run, config, metrics):
     if 'near_silent' in failures:
         mistakes += (f'. Near-silent are {failures["near_silent"]}, of which it mistakes '
                      f'{failures["near_silent_wrong"]}')
-    tables = [table(columns, split) for split in metrics['pictures']]
+    tables = []
+    for split in metrics['pictures']:
+        columns = kind_columns(metrics, split, GENERATED | CONTROLS)
+        columns[GENERATED['fine']] = [metrics], 'fine', variant
+        tables.append(table(columns, split))
     return '\n\n'.join([
         f'{run}: model {variant}, measured after epoch {metrics.get("epoch")}: '
         f'{dataset_text(metrics)}',
@@ -216,7 +218,7 @@ def paper_tables(columns, folder=None):
     if 'E' in models:
         others['E, another sound'] = models['E'], 'other_sound', None
         others['E, wrong label'] = models['E'], 'wrong_label', None
-    others |= kind_columns(metrics, CONTROLS)
+    others |= kind_columns(metrics, 'validation', CONTROLS)
     rows = [['', *table2, *others]]
     for metric in (*COMPARISON, 'match'):
         for split in metrics['pictures']:
