@@ -10,12 +10,14 @@ import json
 import math
 import os
 import platform
+import pwd
 import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -1878,6 +1880,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(trained, run, refused):
         refused(train, resume(run), run / 'model.pt', 'cannot be written', 'still whole')
     assert same(states(run), states(trained))
     assert not list(run.glob('*part*'))
+
+
+def test_a_name_that_the_terminal_lacks_is_printed_all_the_same(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', out)
+    runs.run_command(lambda: print('violin, \u4e8c\u80e1'))
+    out.flush()
+    assert out.buffer.getvalue() == b'violin, \\u4e8c\\u80e1\n'
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    def unknown(_):
+        raise KeyError('uid not found')
+
+    monkeypatch.setattr(pwd, 'getpwuid', unknown)
+    for name in 'HOME', 'XDG_CACHE_HOME':
+        monkeypatch.delenv(name)
+    assert runs.default_cache() == Path(tempfile.gettempdir(), 'cargan')
 
 
 def test_two_commands_in_one_folder(run, refused):

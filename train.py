@@ -445,7 +445,8 @@ class Saver:
     """
 
     def __init__(self):
-        self.signal = 0
+        self.asked = 0          # the signal that has come to this process
+        self.signal = 0         # the one that all processes know of
         self.saved = time.monotonic()
 
     def __enter__(self):
@@ -461,8 +462,6 @@ class Saver:
         self.asked = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(2, b'\nfinishing the step; it will be saved\n')        # print() is not safe here
-
-    asked = 0       # the signal that has come; `signal`, that all processes know of
 
     def due(self):
         """Whether to save after this step. All processes ask, and have the same answer."""
