@@ -612,6 +612,8 @@ def main(argv=None):
         help='clips at once (default: 8 at 256 pixels, 32 at 64)')
     add('--device', help='cpu, cuda, ... (default: the first GPU, else the CPU)')
     args = parser.parse_args(argv)
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error('--batch-size must be at least 1')
     folders = args.runs
     if not folders:
         newest = max(Path('runs').glob('**/checkpoint.pt'), key=os.path.getmtime, default=None)

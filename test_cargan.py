@@ -2214,7 +2214,7 @@ def test_wrong_use_is_one_line(run, two_classes, tmp_path, refused):
     refused(train, resume(run, '--base', 16), '--base 16', '8')
     refused(train, resume(tmp_path), tmp_path, 'not a run')
     for flags in (['--size', '100'], ['--batch-size', '0'], ['--lr', '-1'], ['--variant', 'F'],
-                  ['--dropout', '1'], ['--device', 'gpu']):
+                  ['--dropout', '1'], ['--lr', 'nan'], ['--device', 'gpu']):
         refused(train, ['--data', two_classes, *flags], *flags)
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full/mine.txt').write_text('keep me')

@@ -168,7 +168,8 @@ def make_classifier(args, dataset, part, device, gpus):
     if source:
         state = load_file(source)
         if 'classifier' in state:
-            _check_classes(state, dataset, source)
+            _check_classes(state, dataset, source)      # before it is copied
+            load_state(Classifier(len(dataset.classes), False), state['classifier'], source)
             return state
     pretrained = source or args.pretrained
     torch.manual_seed(args.seed)
@@ -650,6 +651,8 @@ def train(args, run, device, gpus):
                           gpus, audio)
         if (run / 'checkpoint.pt').exists():
             load_checkpoint(trainer, run / 'checkpoint.pt')
+            if trainer.pairs >= len(dataset.train):     # there are fewer than there were
+                trainer.pairs = 0
             print(f'resumed after {trainer.epoch} of {args.epochs} epochs and {trainer.pairs} '
                   'pairs')
         with Saver() as saver:
@@ -698,7 +701,8 @@ def plan_runs(settings):
         run = Path(args.out, f'{args.variant}-seed-{args.seed}')
         if (run / 'config.json').exists():
             config = load_config(run)
-            args.resume, args.made = str(run), config['made']   # the same command in other words
+            args.resume = str(run)
+            args.made = config.get('made', {})      # it may be the same command in other words
             if not is_done(args, run):
                 _check_same(args, config, run)
         plan.append((args, run))
@@ -788,7 +792,7 @@ def number(convert, least, below=None):
     """A type of argparse: numbers from `least`, and less than `below` where that is given."""
     def parse(text):
         value = convert(text)
-        if value < least:
+        if not value >= least:      # nor is nan
             raise argparse.ArgumentTypeError(f'{text}: must be a number from {least}')
         if below is not None and value >= below:
             raise argparse.ArgumentTypeError(f'{text}: must be less than {below}')
@@ -846,7 +850,7 @@ def make_parser():
     add('--epochs', type=number(int, 1), default=200, help='of G1, G2 and D (default: 200)')
     add('--lr', type=number(float, 0.0), default=0.0008,
         help='learning rate of Adam (default: 0.0008)')
-    add('--betas', type=number(float, 0.0), nargs=2, default=[0.9, 0.999],
+    add('--betas', type=number(float, 0.0, below=1.0), nargs=2, default=[0.9, 0.999],
         help='of Adam (default: 0.9 0.999)')
     add('--ema', type=number(int, 0), default=0,
         help='generate with an average of the weights of this half-life, in images (default: none)')
