@@ -239,13 +239,12 @@ def load_config(run):
 
 
 def write_config(run, settings, **more):
-    """Write config.json: the settings, and what the run found out about its data. Returns them."""
+    """Write config.json: the settings, and what the run found out about its data."""
     settings = dict(settings, resume=None, **more)
     for name in 'data', 'cache':
         if settings[name]:
             settings[name] = str(Path(settings[name]).resolve())
     write_text(run / 'config.json', json.dumps(settings, indent=1) + '\n')
-    return settings
 
 
 def epochs_done(run):
