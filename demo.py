@@ -22,7 +22,7 @@ from scipy.io import wavfile
 
 from runs import InputError, Progress, default_cache, run_command, writing, written_whole
 
-DEMO_VERSION = 3            # raised whenever the demo data come out otherwise
+DEMO_VERSION = 4            # raised whenever the demo data come out otherwise
 DEMO_RATE = 44_100          # Hz
 DURATION = 0.5              # seconds of sound in a pair
 BAR = 0.6                   # seconds; a bar holds one note, two notes or a rest
@@ -205,32 +205,32 @@ DEMO_INSTRUMENTS = {
         register=(40, 72),
         rolloff=(17, 6), formants=((600, 6),),
         attack=.05, vibrato=3, noise=-40,
-        offset=.18, scale=.45,
+        offset=.20, scale=.48,
         play=(0, 0, 172), lift=12, rest=(-.05, .12, 118),
         fingers=((.82, 0), (.40, 0)), hold=(.16, -.03),
         shapes=(
-            (GOLD, '0 0 .03, .55 0 .03'),
-            (GOLD, '-.22 -.09 .03, .55 -.09 .03'),
-            (GOLD, '-.22 -.09 .04, -.36 -.22 .05, -.24 -.35 .05, .34 -.35 .10, .48 -.35 .42'),
+            (GOLD, '0 0 .04, .55 0 .04'),
+            (GOLD, '-.22 -.09 .04, .55 -.09 .04'),
+            (GOLD, '-.22 -.09 .05, -.36 -.22 .06, -.24 -.35 .06, .34 -.35 .12, .48 -.35 .48'),
         ),
         slide=(
-            (SILVER, '-.25 0 .04, .28 0 .04, .36 -.045 .04, .28 -.09 .04, -.25 -.09 .04'),
-            (SILVER, '0 0 .03, 0 -.09 .03'),
+            (GOLD, '-.25 0 .05, .28 0 .05, .36 -.045 .05, .28 -.09 .05, -.25 -.09 .05'),
+            (GOLD, '0 0 .04, 0 -.09 .04'),
         ),
     ),
     'trumpet': DemoInstrument(
         register=(55, 82),
         rolloff=(15, 3), formants=((1200, 8),),
         attack=.03, vibrato=8, noise=-38,
-        offset=.17, scale=.46,
-        play=(0, 0, 172), lift=26, rest=(-.08, .24, 120),
-        fingers=((.34, -.10), (.62, -.10)), hold=(.28, -.12),
+        offset=-.19, scale=.52,
+        play=(0, 0, 8), lift=-26, rest=(.08, .24, 60),
+        fingers=((.34, .10), (.62, .10)), hold=(.28, .12),
         shapes=(
-            (GOLD, '0 0 .06, .05 0 .035, .80 0 .05, .92 0 .12, 1 0 .38'),
-            (GOLD, '.20 0 .05, .10 -.10 .05, .20 -.20 .05, .68 -.20 .05, .80 -.10 .05, .70 0 .05'),
-            (IVORY, '.38 .09 .045, .38 -.24 .045'),
-            (IVORY, '.47 .09 .045, .47 -.24 .045'),
-            (IVORY, '.56 .09 .045, .56 -.24 .045'),
+            (GOLD, '0 0 .06, .05 0 .05, .76 0 .07, .90 0 .16, 1 0 .46'),
+            (GOLD, '.20 0 .06, .10 .10 .06, .20 .20 .06, .68 .20 .06, .80 .10 .06, .70 0 .06'),
+            (BLACK, '.36 -.12 .035, .36 .24 .035'),
+            (BLACK, '.46 -.12 .035, .46 .24 .035'),
+            (BLACK, '.56 -.12 .035, .56 .24 .035'),
         ),
     ),
     'tuba': DemoInstrument(

@@ -783,7 +783,7 @@ SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, ep
 PRESETS = {     # what each sets otherwise than the paper
     'paper': {},
     'small': dict(SMALL, size=128),
-    'demo': dict(SMALL, size=64, epochs=7, classifier_epochs=3, pretrained=False),
+    'demo': dict(SMALL, size=64, epochs=8, classifier_epochs=3, pretrained=False),
 }
 MODEL_SETTINGS = ('size', 'base', 'disc_base', 'variant')       # a checkpoint fits these alone
 
