@@ -176,13 +176,17 @@ class Classifier(nn.Module):
 
     Maps images (B, 3, S, S) in [-1, 1] to logits (B, num_classes); ImageNet's normalisation is done
     inside. `pretrained` is True (ImageNet weights by torchvision, which downloads them once), the
-    path of torchvision's `resnet50-*.pth`, or False.
+    path of torchvision's `resnet50-*.pth`, or False. Of one class there is nothing to tell: the
+    logit is 0, so that L_C and the residue are 0, too.
 
     Raises OSError where the weights cannot be had, RuntimeError where they are another network's.
     """
 
     def __init__(self, num_classes, pretrained=True):
         super().__init__()
+        self.resnet = None
+        if num_classes == 1:
+            return
         self.resnet = resnet50()
         if pretrained is True:
             imagenet = ResNet50_Weights.IMAGENET1K_V1
@@ -197,6 +201,8 @@ class Classifier(nn.Module):
         self.register_buffer('std', std, persistent=False)
 
     def forward(self, image):                                        # (B, 3, S, S) in [-1, 1]
+        if self.resnet is None:
+            return image.new_zeros(len(image), 1)
         image = (image + 1) / 2                                      # in [0, 1]
         return self.resnet((image - self.mean) / self.std).float()   # (B, num_classes)
 

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw
 from scipy import signal
 from scipy.io import wavfile
 
-from runs import InputError, Progress, default_cache, run_command, writing, written_whole
+from runs import (InputError, Progress, default_cache, at_least, run_command, writing,
+                  written_whole)
 
 DEMO_VERSION = 4            # raised whenever the demo data come out otherwise
 DEMO_RATE = 44_100          # Hz
@@ -536,13 +537,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('directory', metavar='DIR', help='the new folder to write')
-    parser.add_argument('--size', type=int, default=256, metavar='N', help='pixels a side')
+    parser.add_argument('--size', type=at_least(int, 1), default=256, help='pixels a side')
     args = parser.parse_args(argv)
-    if args.size < 1:
-        parser.error('--size must be at least 1')
     if Path(args.directory).exists():
         raise InputError(f'{args.directory}: exists already; name a new folder')
-    write_demo(args.directory, size=args.size)
+    with written_whole(args.directory) as part:
+        write_demo(part, size=args.size)
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ from generate import (as_saved, draw_grid, draw_sounds, example_clips, example_p
                       lms_picture, load_run, open_run_data, paper_figures, picture)
 from report import paper_tables, report_text, write_folder_page, write_page
 from runs import (InputError, Progress, choose_device, default_cache, digest, epochs_done,
-                  load_config, load_file, reason, run_command, write_text)
+                  load_config, load_file, at_least, reason, run_command, write_text)
 from train import get_audio_classifier, kept_beside
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
@@ -287,8 +287,8 @@ def clips_to_match(split, most=64):
 
 
 # ------------------------------------------------------------------------------------ the metrics
-# `networks` are those in whose spaces pictures are compared: 'independent' and, where its weights
-# are there, 'inception'.
+# `networks` are those in whose spaces pictures are compared: 'independent', unless there is but one
+# class, and, where its weights are there, 'inception'.
 
 @torch.inference_mode()
 def look_at(image, networks, truth=None, classifier=None, some=()):
@@ -352,7 +352,9 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
         random = [random_frames(train.labels, labels, split is train, seed)
                   for seed in range(1 + min(7, 1000 // len(split)))]
         nearest, other = nearest_sounds(train, split), random_frames(labels, labels, own=True)
-        given = (labels + 1 + split.order(seed=0) % (num_classes - 1)) % num_classes
+        given = labels
+        if num_classes > 1:
+            given = (labels + 1 + split.order(seed=0) % (num_classes - 1)) % num_classes
         batches, mistakes, progress = [], [], Progress()
         for indices, (lms, image, label) in zip(split.indices(batch_size),
                                                 split.batches(batch_size, device)):
@@ -362,25 +364,29 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
                 shown['coarse'] = coarse
             if part == 'validation' and getattr(model, 'variant', None) == 'E':
                 sound = split.batch(other[indices], device)[0]
-                shown['wrong_label'] = model(lms, given[indices].to(device))[1]
                 shown['other_sound'] = model(sound, label)[1]
+                if num_classes > 1:
+                    shown['wrong_label'] = model(lms, given[indices].to(device))[1]
 
             copy = train.batch(nearest[indices], device)[1]
             copies = torch.stack([train.batch(drawn[indices], device)[1] for drawn in random])
             some = compared[indices]
             rows = {}
             for kind, x in shown.items():
-                judge = C if kind in ('coarse', 'fine', 'real') else None       # as in the paper
+                judge = None
+                if num_classes > 1 and kind in ('coarse', 'fine', 'real'):      # as in the paper
+                    judge = C
                 rows[kind] = look_at(x, networks, image, judge, some)
             rows['nearest_sound'] = look_at(copy, {}, image, some=some)
             rows['mean_frame'] = look_at(means[label], {}, image, some=some)
             rows['random_frame'] = dict(l1=(copies - image).abs().mean(dim=(0, 2, 3, 4)).cpu())
             batches.append(rows)
 
-            wrong = rows['fine']['predictions_independent'] != labels[indices]
-            for i in torch.nonzero(wrong).flatten():
-                mistakes.append((indices[i], coarse[i], fine[i]))
-            mistakes = sorted(mistakes, key=lambda mistake: loudness[mistake[0]])[:16]
+            if 'independent' in networks:
+                wrong = rows['fine']['predictions_independent'] != labels[indices]
+                for i in torch.nonzero(wrong).flatten():
+                    mistakes.append((indices[i], coarse[i], fine[i]))
+                mistakes = sorted(mistakes, key=lambda mistake: loudness[mistake[0]])[:16]
             if images:
                 write_images(fine, split, indices, dataset.classes, Path(images, part))
             done = indices[-1] + 1
@@ -431,8 +437,9 @@ def metrics_of(rows, split, real):
             score, spread = inception_score(rows[f'probabilities_{name}'][mixed])
         metrics |= {f'fid{suffix}': fid, f'kid{suffix}': kid, f'is{suffix}': score,
                     f'is{suffix}_std': spread}
-    seen = rows['predictions_independent']
-    metrics['accuracy_independent'] = share(seen == split.labels)
+    seen = rows.get('predictions_independent')
+    if seen is not None:
+        metrics['accuracy_independent'] = share(seen == split.labels)
     if 'predictions' in rows:
         metrics['accuracy'] = share(rows['predictions'] == split.labels)
     if 'given' in rows:
@@ -449,7 +456,10 @@ def share(right):
 
 def metrics_of_classes(rows, split, classes):
     """Two metrics of each class that a split has: {class: {metric: value}}."""
-    right, metrics = rows['predictions_independent'] == split.labels, {}
+    metrics = {}
+    if 'predictions_independent' not in rows:
+        return metrics
+    right = rows['predictions_independent'] == split.labels
     for label in split.labels.unique():
         clips = of_class(split.labels, label)
         metrics[classes[label]] = dict(accuracy_independent=share(right[clips]),
@@ -490,9 +500,10 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
     _, model, trained = load_run(run, device)
     if trained['epoch'] < config['epochs']:
         print(f'note: {run} is not done: epoch {trained["epoch"]} of {config["epochs"]}')
-    independent, path = networks['independent'], folder / 'metrics.json'
-    measured = dict(weights=digest(model), data=dataset.fingerprint,
-                    independent=digest(independent))
+    independent, path = networks.get('independent'), folder / 'metrics.json'
+    measured = dict(weights=digest(model), data=dataset.fingerprint)
+    if independent:
+        measured['independent'] = digest(independent)
     if path.exists() and not args.images:
         metrics = json.loads(path.read_text('utf-8'))
         if metrics.get('measured') == measured:
@@ -502,7 +513,6 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
     rows = measure(model, dataset, networks, batch_size, device, folder, args.images)
     metrics = {name: config.get(name) for name in ('data', 'size', 'variant', 'seed', 'preset')}
     metrics.update(trained, measured=measured, pictures={},
-                   independent_accuracy=independent.accuracy,
                    versions=dict(torch=torch.__version__, torchvision=torchvision.__version__))
     if args.data:
         metrics['data'] = args.data
@@ -515,13 +525,16 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
         of_split['fine']['classes'] = metrics_of_classes(kinds['fine'], split, dataset.classes)
         metrics[name] = of_split
     folder.mkdir(parents=True, exist_ok=True)
-    failures = draw_failures(rows['validation']['fine'], dataset, folder / 'failures.png')
-    metrics['validation']['failures'] = failures
+    nearest = None
+    if independent:
+        metrics['independent_accuracy'] = independent.accuracy
+        failures = draw_failures(rows['validation']['fine'], dataset, folder / 'failures.png')
+        metrics['validation']['failures'] = failures
+        frames = rows['train']['real']['features_independent']
 
-    def nearest(fine):          # the train frame, in the independent classifier's space
-        features = independent(as_saved(fine))[0].cpu()                 # (1, 512)
-        apart = (rows['train']['real']['features_independent'] - features).norm(dim=1)
-        return dataset.train.batch([apart.argmin()])[1]
+        def nearest(fine):      # the train frame, in the independent classifier's space
+            features = independent(as_saved(fine))[0].cpu()                 # (1, 512)
+            return dataset.train.batch([(frames - features).norm(dim=1).argmin()])[1]
 
     draw_grid(example_pictures(model, example_clips(dataset), device, nearest), folder / 'grid.png')
     draw_sounds(model, dataset.validation, folder / 'sounds.png', device)
@@ -608,12 +621,10 @@ def main(argv=None):
         'goes into a folder in the run')
     add('--cache',
         help=f"where packed data is kept (default: the run's, else {default_cache()})")
-    add('--batch-size', type=int,
+    add('--batch-size', type=at_least(int, 1),
         help='clips at once (default: 8 at 256 pixels, 32 at 64)')
     add('--device', help='cpu, cuda, ... (default: the first GPU, else the CPU)')
     args = parser.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error('--batch-size must be at least 1')
     folders = args.runs
     if not folders:
         newest = max(Path('runs').glob('**/checkpoint.pt'), key=os.path.getmtime, default=None)
@@ -643,8 +654,9 @@ def main(argv=None):
         print(f'fid, kid and is: not computed: {error}', file=sys.stderr)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     dataset = open_run_data(configs[first], args.data, args.cache)
-    networks['independent'] = get_independent(dataset, device)
-    if dataset.lms_channels == 1:
+    if len(dataset.classes) > 1:
+        networks['independent'] = get_independent(dataset, device)
+    if len(dataset.classes) > 1 and dataset.lms_channels == 1:
         get_audio_classifier(dataset, device)       # which generate.py asks what plays
 
     results, examples = [], example_clips(dataset)

@@ -1,26 +1,35 @@
-"""What a trained model draws: pictures for a recording, grids of clips, the paper's Figures 4 to 6.
+"""What a trained model draws: scenes of a recording or a piece, grids of clips, Figures 4 to 6.
 
-    python generate.py RUN clip.wav                       # a picture for each half second: clip.png
-    python generate.py RUN clip.wav --label violin --hop 0.1 --out clip.gif        # a moving scene
+    python generate.py RUN clip.wav                     # a picture for each half second: clip.png
+    python generate.py RUN clip.wav --hop 0.1 --out scene.html      # a page: sound and scene
+    python generate.py RUN --piece violin01             # a piece of the data: violin01.html
 
-RUN is a folder that train.py made. From Python:
+RUN is a folder that train.py made. What --out ends in decides what is written: .html, a page that
+needs no other file; .gif, without sound; .png, all pictures of a recording; nothing, a folder with
+a PNG a moment, named by milliseconds. From Python:
 
     config, model, _ = load_run('runs/NAME')
     coarse, fine, _ = model(lms, label)         # (B, C_a, S, S) in [-1, 1], (B,) -> I', I'', C(I')
 """
 import argparse
+import json
+from base64 import b64encode
+from collections import namedtuple
+from html import escape
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.io import wavfile
 
 from baselines import BASELINES, AudioClassifier
 from cargan import CARGAN, VARIANTS, Classifier
 from demo import demo_data
-from preprocess import open_dataset, read_wav, recording_lms
-from runs import (InputError, choose_device, default_cache, digest, load_config, load_file,
-                  load_state, reason, run_command, written_whole)
+from preprocess import find_pairs, open_dataset, read_wav, recording_lms
+from runs import (InputError, Progress, choose_device, default_cache, digest, load_config,
+                  load_file, load_state, at_least, reason, run_command, written_whole)
 
 
 # ----------------------------------------------------------------------------------- a run, loaded
@@ -252,77 +261,299 @@ def hear(dataset, waveform, sample_rate, device='cpu'):
     return [(dataset.classes[i], heard[i].item()) for i in order], accuracy
 
 
+# ------------------------------------------------------------------------------------------ a scene
+
+Moment = namedtuple('Moment', 'seconds picture l1')     # l1: of I'' to the truth, or None
+Scene = namedtuple('Scene', 'moments end title columns sound')      # end: in seconds
+PICTURES = 16           # at once
+
+
 @torch.inference_mode()
 def generate_recording(model, classes, waveform, sample_rate, label, size, device='cpu', hop=0.5):
-    """I'' every `hop` seconds of a recording (n,) in [-1, 1], as (seconds, picture) one by one:
-    each hears the half second from its moment on, and silence after the end.
+    """I'' every `hop` seconds of a recording (n,) in [-1, 1], as Moments one by one: each hears the
+    half second from its moment on, and silence after the end.
     """
-    moment = 0
-    for lms in recording_lms(waveform, sample_rate, size, hop):
+    k = 0
+    for lms in recording_lms(waveform, sample_rate, size, hop, PICTURES):
         labels = torch.full((len(lms),), classes.index(label), device=device)
         for image in model(lms.to(device), labels)[1]:
-            yield moment * hop, picture(image)
-            moment += 1
+            yield Moment(k * hop, picture(image), None)
+            k += 1
 
 
-def save_recording(frames, path, hop=0.5):
-    """Write what generate_recording() gave, as the ending of `path` says: .png, 16 pictures to a
-    row below their times, or .gif, which moves in real time.
+def find_pieces(split):
+    """The pieces of a split, whose stems are <piece>_<milliseconds>: {piece: [(milliseconds,
+    index)]}, in the order of time.
     """
-    frames = list(frames)
-    if Path(path).suffix == '.png':
-        named = [(f'{seconds:g} s', image) for seconds, image in frames]
-        return draw_grid([('', dict(named[i:i + 16])) for i in range(0, len(named), 16)], path)
-    ends = [10 * round(100 * hop * i) for i in range(len(frames) + 1)]      # ms, in GIF's 1/100 s
-    first, *others = [image for _, image in frames]
-    durations = [end - start for start, end in zip(ends, ends[1:])]
-    with written_whole(path) as part:
-        first.save(part, 'GIF', save_all=True, append_images=others, loop=0, duration=durations)
+    pieces = {}
+    for index, stem in enumerate(split.stems):
+        piece, _, moment = stem.rpartition('_')
+        if moment.isdecimal():
+            pieces.setdefault(piece, []).append((int(moment), index))
+    return {piece: sorted(clips) for piece, clips in sorted(pieces.items())}
+
+
+@torch.inference_mode()
+def generate_piece(model, split, clips, device='cpu'):
+    """LMS, I', I'' and truth side by side for the clips of a piece, [(milliseconds, index)], as
+    Moments one by one, from 0 seconds on.
+    """
+    for start in range(0, len(clips), PICTURES):
+        some = clips[start:start + PICTURES]
+        lms, image, label = split.batch([index for _, index in some], device)
+        coarse, fine, _ = model(lms, label)
+        distances = (fine - image).abs().mean(dim=(1, 2, 3)).tolist()
+        for i, (milliseconds, _) in enumerate(some):
+            tiles = [lms_picture(lms[i]), picture(coarse[i]), picture(fine[i]), picture(image[i])]
+            seconds = (milliseconds - clips[0][0]) / 1000
+            yield Moment(seconds, side_by_side(tiles), distances[i])
+
+
+def side_by_side(tiles):
+    """Square pictures of one size as one."""
+    side = tiles[0].width
+    strip = Image.new('RGB', (side * len(tiles), side))
+    for i, tile in enumerate(tiles):
+        strip.paste(tile, (i * side, 0))
+    return strip
+
+
+def piece_sound(dataset, split, clips):
+    """The sound of a piece from its chunks, each as far as the next one begins, silence where there
+    is none: waveform (n,) in [-1, 1], sample rate. Raises InputError for chunks of several rates.
+    """
+    pairs = find_pairs(dataset.data)[1]
+    chunks = {(pair.split, pair.name, pair.stem): pair.audio for pair in pairs}
+    part = 'train' if split is dataset.train else 'validation'
+    waveform = None
+    for milliseconds, index in clips:
+        path = chunks[part, dataset.classes[split.labels[index]], split.stems[index]]
+        chunk, rate = read_wav(path)
+        if waveform is None:
+            sample_rate = rate
+            seconds = (clips[-1][0] - clips[0][0]) / 1000 + 0.5
+            waveform = np.zeros(round(seconds * rate), np.float32)
+        if rate != sample_rate:
+            raise InputError(f'{path}: {rate} Hz, but the piece begins with {sample_rate} Hz; .gif '
+                             'or a folder of pictures has no sound')
+        begin = round((milliseconds - clips[0][0]) / 1000 * rate)
+        room = len(waveform) - begin
+        waveform[begin:begin + len(chunk)] = chunk[:room]
+    return waveform, sample_rate
+
+
+def save_scene(scene, path):
+    """Write a Scene as the ending of `path` says: .png, 16 pictures to a row below their times;
+    .gif, which moves in real time; .html, a page that plays its sound; none, a folder with a PNG a
+    moment. Returns the number of moments.
+    """
+    path, progress = Path(path), Progress()
+    count = 0
+
+    def moments():
+        nonlocal count
+        for moment in scene.moments:
+            yield moment
+            count += 1
+            progress(f'{path}: {moment.seconds:.1f} of {scene.end:.1f} s')
+
+    if path.suffix == '.html':
+        write_scene_page(scene, moments(), path)
+    elif path.suffix == '.png':
+        named = [(f'{moment.seconds:g} s', moment.picture) for moment in moments()]
+        draw_grid([('', dict(named[i:i + 16])) for i in range(0, len(named), 16)], path)
+    elif path.suffix == '.gif':
+        seconds, pictures, _ = zip(*moments())
+        times = [10 * round(100 * time) for time in (*seconds, scene.end)]      # ms, in 1/100 s
+        durations = [max(until - start, 10) for start, until in zip(times, times[1:])]
+        with written_whole(path) as part:
+            pictures[0].save(part, 'GIF', save_all=True, append_images=pictures[1:], loop=0,
+                             duration=durations)
+    else:
+        with written_whole(path) as part:
+            part.mkdir(parents=True)
+            for moment in moments():
+                moment.picture.save(part / f'{round(1000 * moment.seconds):08}.png')
+    return count
+
+
+SCENE_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>TITLE</title><style>:root { color-scheme: light dark }
+body { max-width: 62rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+       overflow-wrap: anywhere }
+div { display: flex } span { flex: 1; text-align: center }
+img { display: block; width: 100%; max-height: 70vh; object-fit: contain } figure { margin: 0 }
+audio, svg { display: block; width: 100%; margin: 0.5rem 0 } svg { height: 6rem }
+polyline, line { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke }
+line { stroke: #d33; stroke-width: 3 }</style></head><body><p>TITLE</p>
+<figure><div>COLUMNS</div><img alt="the scene at the moment heard"><audio controls></audio>
+<svg viewBox="0 0 1000 100" preserveAspectRatio="none"><polyline/><line y1="0" y2="100"/></svg>
+<output></output></figure><script>
+const moments = [       // seconds, picture, L1 to the truth
+"""
+SCENE_TAIL = """const [audio, picture, graph, curve, mark, output] =
+  ['audio', 'img', 'svg', 'polyline', 'line', 'output'].map(name => document.querySelector(name))
+const bytes = Uint8Array.from(atob(sound), letter => letter.charCodeAt(0))
+audio.src = URL.createObjectURL(new Blob([bytes], {type: 'audio/wav'}))
+const highest = moments.reduce((most, moment) => Math.max(most, moment[2]), 0)
+if (highest)
+  curve.setAttribute('points', moments.map(
+    ([seconds, _, l1]) => `${1000 * seconds / end},${98 - 96 * l1 / highest}`).join(' '))
+else
+  graph.remove()
+let shown = -1
+function show() {
+  const now = audio.currentTime + 0.001
+  let k = Math.max(shown, 0)
+  while (k + 1 < moments.length && moments[k + 1][0] <= now) k++
+  while (k > 0 && moments[k][0] > now) k--
+  if (k !== shown) {
+    const [seconds, image, l1] = moments[k]
+    picture.src = 'data:image/webp;base64,' + image
+    output.textContent = `${seconds.toFixed(2)} s`
+    if (highest) output.textContent += `, L1 of I'' ${l1.toFixed(4)}, at most ${highest.toFixed(4)}`
+    shown = k
+  }
+  mark.setAttribute('x1', 1000 * now / end)
+  mark.setAttribute('x2', 1000 * now / end)
+  requestAnimationFrame(show)
+}
+show()
+</script></body></html>
+"""
+
+
+def write_scene_page(scene, moments, path):
+    """Write a page that needs no other file: the sound with its controls, and the picture of the
+    moment that is heard. The pictures are written one by one, as there may be many.
+    """
+    waveform, sample_rate = scene.sound
+    samples = np.round(waveform * 32768).clip(-32768, 32767).astype(np.int16)
+    wav = BytesIO()
+    wavfile.write(wav, sample_rate, samples)
+    columns = ''.join(f'<span>{escape(name)}</span>' for name in scene.columns)
+    head = SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title))
+    with written_whole(path) as part, open(part, 'w', encoding='utf-8') as page:
+        page.write(head)
+        for seconds, image, l1 in moments:
+            file = BytesIO()
+            # I'' alone is small enough to be kept exactly; four pictures side by side are not
+            image.save(file, 'WEBP', lossless=l1 is None, quality=85)
+            row = seconds, b64encode(file.getvalue()).decode(), l1
+            page.write(f'{json.dumps(row)},\n')
+        page.write(f']\nconst end = {scene.end}\n')
+        page.write(f'const sound = "{b64encode(wav.getvalue()).decode()}"\n')
+        page.write(SCENE_TAIL)
 
 
 # ----------------------------------------------------------------------------------------- command
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('run', help='a folder that train.py made')
-    add('recording', help='a .wav file')
+    add('recording', nargs='?', help='a .wav file')
     add('--label', help="what plays in it (default: what S2IC's audio classifier hears)")
-    add('--hop', type=float, default=0.5,
-        help='from one picture to the next (default: 0.5)')
-    add('--out', help="a .png, or a moving .gif (default: the recording's name, here)")
+    add('--hop', type=at_least(float, 0.02, below=601), default=0.5,
+        help='seconds from one picture to the next (default: 0.5)')
+    add('--piece', help="instead of a recording a piece of the run's data, by the beginning of its "
+        'stems <piece>_<milliseconds>')
+    add('--split', choices=('validation', 'train'), default='validation',
+        help='where the piece is (default: validation)')
+    add('--out', help='a new .html, .gif, .png or folder (default: clip.png of clip.wav, PIECE.html'
+        ', here)')
     add('--data', help="a dataset folder (default: the run's own)")
     add('--cache', help=f"where packed data is kept (default: the run's, else {default_cache()})")
     add('--device', help='cpu, cuda, ... (default: the first GPU, else the CPU)')
-    args = parser.parse_args(argv)
-    if not 0.02 <= args.hop <= 600:
-        parser.error('--hop must be from 0.02 to 600')
-    config = load_config(args.run)
-    classes = config.get('classes', [])
-    if config.get('lms_channels') != 1:
-        raise InputError(f'{args.recording}: this run was trained on LMS drawn as pictures and '
-                         'cannot hear a recording')
+    return parser
+
+
+def check_out(args):
+    """The path to write, as it was asked for or by default. Raises InputError where it is there, or
+    its ending is none of those that can be written.
+    """
+    if args.piece:
+        out = Path(args.out or f'{args.piece}.html')
+        endings = '.html', '.gif', ''
+    else:
+        out = Path(args.out or Path(args.recording).with_suffix('.png').name)
+        endings = '.html', '.gif', '.png', ''
+    if out.suffix not in endings:
+        known = ', '.join(endings[:-1])
+        raise InputError(f'{out}: ends in {out.suffix}; name a {known} or a folder by --out')
+    if out.exists():
+        raise InputError(f'{out}: exists already; name another by --out')
+    return out
+
+
+def choose_label(args, config, sound, device):
+    """What plays in a recording: --label, the only class there is, or what S2IC's audio classifier
+    hears.
+    """
+    classes = config['classes']
     if args.label not in (None, *classes):
         raise InputError(f'--label {args.label}: this run knows {", ".join(classes)}')
-    out = Path(args.out or Path(args.recording).with_suffix('.png').name)
-    if out.suffix not in ('.png', '.gif'):
-        raise InputError(f'{out}: a picture ends in .png or .gif; name another file by --out')
-    if out.exists():
-        raise InputError(f'{out}: exists already; name another file by --out')
-    sound, label = read_wav(args.recording), args.label
-    device = choose_device(args.device)
-    if label is None:
-        heard, accuracy = hear(open_run_data(config, args.data, args.cache), *sound, device)
-        likely = ', '.join(f'{name} {probability:.4f}' for name, probability in heard[:3])
-        print(f"{args.recording}: {likely}, by S2IC's audio classifier, whose accuracy on "
-              f'validation is {accuracy:.4f}; --label names another')
-        label = heard[0][0]
-    model = load_run(args.run, device)[1]
-    frames = list(generate_recording(model, classes, *sound, label, config['size'], device,
-                                     args.hop))
-    save_recording(frames, out, args.hop)
-    print(f'{out}: {len(frames)} pictures of {label}, every {args.hop:g} s')
+    if args.label or len(classes) == 1:
+        return args.label or classes[0]
+    heard, accuracy = hear(open_run_data(config, args.data, args.cache), *sound, device)
+    likely = ', '.join(f'{name} {probability:.4f}' for name, probability in heard[:3])
+    print(f"{args.recording}: {likely}, by S2IC's audio classifier, whose accuracy on validation "
+          f'is {accuracy:.4f}; --label names another')
+    return heard[0][0]
+
+
+def recording_scene(args, config, model, about, device):
+    """I'' for a recording. Raises InputError where it cannot be read, or nobody knows what plays.
+    """
+    waveform, sample_rate = read_wav(args.recording)
+    label = choose_label(args, config, (waveform, sample_rate), device)
+    moments = generate_recording(model, config['classes'], waveform, sample_rate, label,
+                                 config['size'], device, args.hop)
+    title = f'{Path(args.recording).name}: {label}, every {args.hop:g} s, by {about}'
+    end = len(waveform) / sample_rate
+    return Scene(moments, end, title, ["I''"], (waveform, sample_rate))
+
+
+def piece_scene(args, config, model, about, device):
+    """A piece of a run's data, beside the truth. Raises InputError where there is none so called.
+    """
+    dataset = open_run_data(config, args.data, args.cache)
+    split = getattr(dataset, args.split)
+    pieces = find_pieces(split)
+    if args.piece not in pieces:
+        known = ', '.join(pieces) or 'no stem is <piece>_<milliseconds>'
+        raise InputError(f'--piece {args.piece}: not in {args.split}, which has: {known}')
+    clips = pieces[args.piece]
+    moments = generate_piece(model, split, clips, device)
+    sound = None
+    if config['lms_channels'] == 1:     # else the sounds are pictures
+        sound = piece_sound(dataset, split, clips)
+    title = f'{args.piece} of {args.split}, by {about}'
+    end = (clips[-1][0] - clips[0][0]) / 1000 + 0.5
+    return Scene(moments, end, title, ['LMS', "I'", "I''", 'truth'], sound)
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if (args.recording is None) == (args.piece is None):
+        parser.error('name a recording, or a piece by --piece')
+    config = load_config(args.run)
+    out, device = check_out(args), choose_device(args.device)
+    if config['lms_channels'] != 1 and (args.recording or out.suffix == '.html'):
+        raise InputError(f'{args.run}: was trained on LMS drawn as pictures, so there is no sound '
+                         'to hear; --piece writes a .gif or a folder')
+    _, model, trained = load_run(args.run, device)
+    about = f'model {config["variant"]} of {args.run}, epoch {trained["epoch"]}'
+    if args.piece:
+        scene = piece_scene(args, config, model, about, device)
+    else:
+        scene = recording_scene(args, config, model, about, device)
+    count = save_scene(scene, out)
+    print(f'{out}: {count} moments; {scene.title}')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,8 @@
 """Sound to LMS, files to pairs, pairs to batches: everything CAR-GAN needs before its networks.
 
     python preprocess.py --data Sub-URMP    # check every file, pack the cache (train.py does too)
+    python preprocess.py --cut take.wav frames --fps 10 --class violin --piece take1 --out mydata
+                                            # a dataset from a recording and the frames of its video
 
 A dataset is a folder of pairs, one stem one pair; the folder names are the classes:
 
@@ -14,6 +16,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import struct
 import sys
 import warnings
@@ -30,9 +34,10 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from scipy import fft, sparse
+from scipy.io import wavfile
 
-from runs import (InputError, Progress, default_cache, one_line, reason, run_command, writing,
-                  written_whole)
+from runs import (InputError, Progress, default_cache, at_least, one_line, power_of_two, reason,
+                  run_command, writing, written_whole)
 
 SAMPLE_RATE = 22050         # Hz, after resampling
 CLIP = 11025                # samples: 0.5 s
@@ -263,16 +268,18 @@ def _files(data, parts, splits, suffixes):
 # -------------------------------------------------------------------------------- the packed cache
 
 CACHE_VERSION = 6       # raised whenever the same files would be packed otherwise
-Dataset = namedtuple('Dataset', 'classes lms_channels train validation folder fingerprint')
+Dataset = namedtuple('Dataset',
+                     'data classes lms_channels train validation folder fingerprint')
 
 
 def open_dataset(data, size=256, cache=None, workers=None):
     """Check a dataset folder, pack it (once; again where the name, length or time of a file has
     changed) and map it into memory. Bad files are named on stderr and left out.
 
-    Returns a Dataset: the classes' names; 1, or 3 where the LMS are RGB pictures; two Splits; the
-    folder of the cache; a digest of the files. Raises InputError for a missing layout, a class
-    without a good pair in train, an empty validation split or a cache that cannot be written.
+    Returns a Dataset: its folder; the classes' names; 1, or 3 where the LMS are RGB pictures; two
+    Splits; the folder of the cache; a digest of the files. Raises InputError for a missing layout,
+    a class without a good pair in train, an empty validation split or a cache that cannot be
+    written.
     """
     data = Path(os.path.realpath(data))
     classes, pairs, problems = find_pairs(data)
@@ -304,7 +311,7 @@ def open_dataset(data, size=256, cache=None, workers=None):
         shape = len(packed), N_MELS, CLIP // HOP + 1
         lms = np.memmap(folder / 'lms', np.float16, 'r', shape=shape)
     train, validation = [Split(lms, frames, *part, size) for part in parts]
-    return Dataset(classes, 3 if drawn else 1, train, validation, folder, fingerprint)
+    return Dataset(data, classes, 3 if drawn else 1, train, validation, folder, fingerprint)
 
 
 def _check_classes(data, split, classes, names):
@@ -513,18 +520,104 @@ def recording_lms(waveform, sample_rate, size, hop=0.5, batch_size=64):
         yield network_lms(torch.from_numpy(np.stack(lms)), size)
 
 
+# ---------------------------------------------------------------------- a dataset from a recording
+
+VALIDATION_SHARE = 0.2      # of a recording, at its end
+
+
+def numbered_frames(folder):
+    """The pictures of a folder as [(number, path)] by the last number in their names, the first of
+    them 0. Raises InputError where there are none, or a name has no number or that of another.
+    """
+    frames = {}
+    for path in sorted(Path(folder).glob('[!.]*')):
+        if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
+            continue
+        numbers = re.findall('[0-9]+', path.stem)
+        if not numbers:
+            raise InputError(f'{path}: no number in its name, which is to say when it was seen')
+        other = frames.setdefault(int(numbers[-1]), path)
+        if other != path:
+            raise InputError(f'{path}: has the number of {other}')
+    if not frames:
+        raise InputError(f'{folder}: no .jpg or .png in it')
+    first = min(frames)
+    return [(number - first, path) for number, path in sorted(frames.items())]
+
+
+def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
+    """Add a recording and the frames of its video to the dataset `out`: frame k, seen at k / fps
+    seconds, with the half second of sound that begins `shift` seconds later, as stem
+    <label><piece>_<milliseconds>. The last fifth goes to validation; what would be heard in both
+    splits is left out. Returns how many pairs each split got, {split: count}.
+
+    Raises InputError where frames and sound do not last equally long, or a stem is there already.
+    """
+    for name in label, piece:
+        if not name or Path(name).name != name:
+            raise InputError(f'{name!r}: is no name for a file, as a class or a piece wants')
+    waveform, sample_rate = read_wav(recording)
+    frames, length = numbered_frames(folder), len(waveform) / sample_rate
+    lasts = (frames[-1][0] + 1) / fps
+    if abs(lasts - length) > 0.5:
+        raise InputError(f'{folder}: its frames last {lasts:.1f} s at {fps:g} a second, '
+                         f'{recording} {length:.1f} s; give the true --fps, or cut both alike')
+    plan, half = [], ceil(sample_rate / 2)
+    border = round((1 - VALIDATION_SHARE) * len(waveform))
+    for k, path in frames:
+        start = round((k / fps + shift) * sample_rate)
+        if start < 0 or start + half > len(waveform):
+            continue
+        split = 'train' if start + half <= border else 'validation'
+        if split == 'train' or start >= border:
+            plan.append((split, f'{label}{piece}_{round(1000 * k / fps)}', start, path))
+    stems = {stem for _, stem, _, _ in plan}
+    for split in 'train', 'validation':
+        for part in 'chunk', 'img':
+            folder = Path(out, part, split, label)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if path.stem in stems:
+                    raise InputError(f'{path}: is there already; name another --piece')
+    counts, progress = dict(train=0, validation=0), Progress()
+    for split, stem, start, path in plan:
+        chunk = np.round(waveform[start:start + half] * 32768).clip(-32768, 32767)
+        shutil.copyfile(path, Path(out, 'img', split, label, stem + path.suffix.lower()))
+        wavfile.write(Path(out, 'chunk', split, label, f'{stem}.wav'), sample_rate,
+                      chunk.astype(np.int16))
+        counts[split] += 1
+        progress(f'{stem}: {sum(counts.values())} of {len(plan)} pairs')
+    return counts
+
+
 # ----------------------------------------------------------------------------------------- command
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', required=True,
-                        help='the dataset folder to check and to pack')
-    parser.add_argument('--cache',
-                        help=f'where packed data is kept (default: {default_cache()})')
-    parser.add_argument('--size', type=int, default=256,
-                        help='side of the frames (default: 256)')
+    add = parser.add_argument
+    add('--data', help='the dataset folder to check and to pack')
+    add('--cache', help=f'where packed data is kept (default: {default_cache()})')
+    add('--size', type=power_of_two, default=256, help='side of the frames (default: 256)')
+    add('--cut', nargs=2, metavar=('WAV', 'FRAMES'), help='make a dataset, or add to one: a '
+        'recording, and a folder with the frames of its video, numbered as ffmpeg does')
+    add('--fps', type=at_least(float, 0.01), default=10.0, metavar='N',
+        help='of these frames (default: 10)')
+    add('--class', dest='label', metavar='CLASS', help='what plays there')
+    add('--piece', metavar='NAME', help='what to call it, for stems <class><name>_<milliseconds>')
+    add('--shift', type=float, default=0.0, metavar='SECONDS',
+        help='a frame goes with the half second that begins so much later (default: 0)')
+    add('--out', help='the dataset folder to make, or to add to')
     args = parser.parse_args(argv)
+    if args.cut:
+        if not (args.label and args.piece and args.out):
+            parser.error('--cut wants --class, --piece and --out, too')
+        counts = cut_recording(*args.cut, args.out, args.label, args.piece, args.fps, args.shift)
+        print(f'{args.out}: {counts["train"]} pairs more in train, {counts["validation"]} in '
+              f'validation; now: python train.py --data {args.out} --preset small')
+        return
+    if not args.data:
+        parser.error('name a dataset by --data, or make one by --cut')
     data = open_dataset(args.data, args.size, args.cache)
     print(f'{"class":20} train validation')
     for label, name in enumerate(data.classes):

@@ -1,6 +1,7 @@
 """What every command needs of files and processes: errors of one line, progress, safe files, a
 run's folder, the device, ranks.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ except ImportError:         # Windows has neither
     fcntl = resource = None
 
 
-# ------------------------------------------------------------------------------ errors, progress
+# ----------------------------------------------------------------------- errors, flags, progress
 
 class InputError(ValueError):
     """Something the user can fix: one line that names the file or the flag, and the remedy."""
@@ -52,6 +53,27 @@ def run_command(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def at_least(convert, least, below=None):
+    """A type of argparse: numbers from `least`, and less than `below` where that is given."""
+    def parse(text):
+        value = convert(text)
+        if not value >= least:      # nor is nan
+            raise argparse.ArgumentTypeError(f'{text}: must be a number from {least}')
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f'{text}: must be less than {below}')
+        return value
+    parse.__name__ = convert.__name__
+    return parse
+
+
+def power_of_two(text):
+    """A type of argparse: the side of a picture."""
+    value = int(text)
+    if value < 32 or value & (value - 1):
+        raise argparse.ArgumentTypeError(f'{text}: must be a power of two from 32')
+    return value
 
 
 def duration(seconds):

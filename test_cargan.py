@@ -787,6 +787,91 @@ def test_every_class_needs_a_pair_to_train_on_and_none_in_validation(data, refus
     refused(preprocess, ['--data', data / 'no'], data / 'no', 'chunk/train or spectram/train')
 
 
+# ---------------------------------------------------------------------- a dataset from a recording
+
+def cut(folder, samples, frames, *more, rate=22050):
+    """Write a recording and frames of these numbers, 10 a second, each of a brightness of its own;
+    cut them by the command into folder/data.
+    """
+    (folder / 'frames').mkdir(exist_ok=True)
+    for number in frames:
+        Image.new('RGB', (40, 30), (number, 0, 0)).save(folder / f'frames/seen-{number:03}.png')
+    wavfile.write(folder / 'take.wav', rate, samples)
+    words = ['--cut', folder / 'take.wav', folder / 'frames', '--class', 'horn', '--piece', 'solo',
+             '--out', folder / 'data', *more]
+    preprocess.main([str(word) for word in words])
+
+
+def test_a_recording_is_cut_so_that_no_sound_is_in_both_splits(tmp_path, capsys):
+    """Of a sound in which no sample is like another."""
+    sound = np.arange(65536).astype(np.uint16).view(np.int16)       # 8.2 s
+    cut(tmp_path, sound, range(1, 83), rate=8000)
+    heard, stems = {}, {}
+    for split in 'train', 'validation':
+        folder = tmp_path / 'data/chunk' / split / 'horn'
+        paths = sorted(folder.iterdir(), key=lambda path: int(path.stem.rpartition('_')[2]))
+        stems[split] = [path.stem for path in paths]
+        heard[split] = set()
+        for path in paths:
+            rate, chunk = wavfile.read(path)
+            milliseconds = int(path.stem.rpartition('_')[2])
+            start = milliseconds * 8
+            assert rate == 8000
+            assert np.array_equal(chunk, sound[start:start + 4000])
+            heard[split] |= set(chunk.tolist())
+            frame = Image.open(tmp_path / 'data/img' / split / 'horn' / f'{path.stem}.png')
+            assert frame.getpixel((5, 5)) == (milliseconds // 100 + 1, 0, 0)
+    assert not heard['train'] & heard['validation']
+    assert stems['train'][0] == 'hornsolo_0'
+    last, first = (int(stems[split][i].rpartition('_')[2]) for split, i in (('train', -1),
+                                                                           ('validation', 0)))
+    assert last / 1000 + 0.5 <= 0.8 * len(sound) / 8000 <= first / 1000
+    assert stems['validation'][-1] == 'hornsolo_7600'               # the last whole half second
+    assert f'{len(stems["train"])} pairs more in train' in capsys.readouterr().out
+    preprocess.main(['--data', str(tmp_path / 'data'), '--size', '32'])
+    assert 'left out' not in capsys.readouterr().err
+
+
+def test_a_shifted_cut_takes_later_sound(tmp_path, capsys):
+    sound = np.arange(32000, dtype=np.int16)
+    cut(tmp_path, sound, range(5, 45), '--shift', '0.1', rate=8000)         # the first frame is 5
+    chunk = wavfile.read(tmp_path / 'data/chunk/train/horn/hornsolo_300.wav')[1]
+    assert np.array_equal(chunk, sound[3200:7200])
+    frame = Image.open(tmp_path / 'data/img/train/horn/hornsolo_300.png')
+    assert frame.getpixel((0, 0)) == (8, 0, 0)
+
+
+def test_a_cut_adds_and_never_overwrites(tmp_path, capsys, refused):
+    sound = np.zeros(32000, np.int16)
+    cut(tmp_path, sound, range(1, 41), rate=8000)
+    before = {path: path.read_bytes() for path in tmp_path.glob('data/*/*/*/*')}
+    words = ['--cut', tmp_path / 'take.wav', tmp_path / 'frames', '--class', 'horn',
+             '--out', tmp_path / 'data']
+    refused(preprocess, [*words, '--piece', 'solo'], 'hornsolo_', '--piece')
+    preprocess.main([str(word) for word in [*words, '--piece', 'other']])
+    after = {path: path.read_bytes() for path in tmp_path.glob('data/*/*/*/*')}
+    assert before.items() < after.items()
+    assert len(after) == 2 * len(before)
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path, capsys, refused):
+    sound = np.zeros(32000, np.int16)
+    cut(tmp_path, sound, range(1, 41), rate=8000)
+    take, frames, out = tmp_path / 'take.wav', tmp_path / 'frames', tmp_path / 'new'
+    words = ['--cut', take, frames, '--class', 'horn', '--piece', 'solo', '--out', out]
+    refused(preprocess, [*words, '--fps', '25'], 'last 1.6 s at 25 a second', '4.0 s', '--fps')
+    refused(preprocess, words[:-2], '--out')
+    refused(preprocess, [], '--data', '--cut')
+    refused(preprocess, [*words, '--class', 'a/b'], 'a/b')
+    refused(preprocess, ['--cut', take, tmp_path / 'none', *words[3:]], 'none', '.jpg or .png')
+    (frames / 'seen.png').write_bytes(b'')
+    refused(preprocess, words, 'seen.png', 'number')
+    (frames / 'seen.png').rename(frames / 'again-07.png')
+    refused(preprocess, words, 'seen-007.png', 'again-07.png')
+    refused(preprocess, ['--cut', frames / 'again-07.png', frames, *words[3:]], 'WAV')
+    assert not out.exists()
+
+
 # --------------------------------------------------------------------------------------- demo data
 
 def test_demo_data_is_deterministic_and_whole(demo, tmp_path, refused, monkeypatch):
@@ -2070,6 +2155,38 @@ def test_two_processes(two_classes, tmp_path):
     assert states(tmp_path / 'few')['steps'] == 4
 
 
+def test_one_instrument_is_enough(two_classes, tmp_path, monkeypatch, capsys, refused):
+    """C has nothing to tell apart: it is not trained, and its losses are 0. All commands work."""
+    data, run = tmp_path / 'one', tmp_path / 'run'
+    shutil.copytree(two_classes, data, ignore=shutil.ignore_patterns('viola'))
+    train.main(run_flags(data, run))
+    assert 'only one class, bassoon: C has nothing to tell apart' in capsys.readouterr().out
+    rows = report.log_rows(run / 'log.csv')
+    assert len(rows) == 6
+    assert all(row.split(',')[2] == '0' for row in rows)                # L_C
+    config, model, _ = generate.load_run(run)
+    lms, image, label = preprocess.open_dataset(data, 32, tmp_path / 'cache').train.batch([0, 1])
+    with torch.no_grad():
+        logits, residue = model.residue(image, label)
+    assert logits.tolist() == residue.tolist() == [[0.0], [0.0]]
+    evaluate.main([str(run)])
+    printed = capsys.readouterr().out
+    assert 'Does it hear?' in printed
+    assert 'recognised' not in printed
+    missing = 'fid_independent, kid_independent, is_independent, accuracy, accuracy_independent'
+    assert f'not computed: fid, kid, is (no Inception weights), {missing}\n' in printed
+    validation = json.loads((run / 'metrics.json').read_text())['validation']
+    kinds = {'fine', 'coarse', 'real', 'random_frame', 'nearest_sound', 'mean_frame', 'other_sound'}
+    assert validation.keys() == kinds
+    assert validation['fine'].keys() == {'l1', 'match', 'classes'}
+    evaluate.main([str(run), str(run)])
+    monkeypatch.chdir(tmp_path)
+    clip = min((data / 'chunk/validation/bassoon').iterdir())
+    generate.main([str(run), str(clip)])
+    assert Path(clip.with_suffix('.png').name).exists()
+    refused(train, run_flags(data, tmp_path / 'S2IC', '--variant', 'S2IC'), 'S2IC', 'two')
+
+
 # ------------------------------------------------------------------------------------ several runs
 
 def test_several_runs_share_c_and_go_on_by_the_same_command(
@@ -3336,7 +3453,7 @@ def test_a_recording_is_heard_every_hop():
 
     def heard(wave, rate=22050, hop=0.5):
         pictures = generate.generate_recording(ear, ['a', 'b'], wave, rate, 'b', 32, hop=hop)
-        seconds, images = zip(*pictures)
+        seconds, images, _ = zip(*pictures)
         np.testing.assert_allclose(seconds, hop * np.arange(len(seconds)))
         return [image.getpixel((0, 0))[0] for image in images]
 
@@ -3355,10 +3472,15 @@ def test_a_recording_is_heard_every_hop():
     assert len(heard(wave[:11025], rate=11025)) == 2    # half of this rate is no whole number
 
 
+def scene_of(count, hop):
+    """Pictures that grow brighter every `hop` seconds, for as long as they last."""
+    moments = [generate.Moment(i * hop, tile(i), None) for i in range(count)]
+    return generate.Scene(iter(moments), count * hop, 'a <scene>', ["I''"], None)
+
+
 def test_a_gif_moves_in_real_time(tmp_path):
     hop = 1 / 3
-    frames = [(i * hop, tile(i)) for i in range(24)]
-    generate.save_recording(frames, tmp_path / 'a.gif', hop)
+    assert generate.save_scene(scene_of(24, hop), tmp_path / 'a.gif') == 24
     durations = []
     with Image.open(tmp_path / 'a.gif') as gif:
         assert (gif.n_frames, gif.info['loop']) == (24, 0)
@@ -3372,8 +3494,7 @@ def test_a_gif_moves_in_real_time(tmp_path):
 
 
 def test_a_png_wraps_at_sixteen(tmp_path):
-    frames = [(i / 4, tile(i)) for i in range(20)]
-    generate.save_recording(frames, tmp_path / 'a.png')
+    generate.save_scene(scene_of(20, 0.25), tmp_path / 'a.png')
     sheet = Image.open(tmp_path / 'a.png').convert('RGB')
     assert sheet.size == (4 + 16 * 132, 2 * (28 + 132))
     for i in range(20):
@@ -3390,6 +3511,18 @@ def tiles(path):
     assert sheet.shape[0] == 28 + 132
     lefts = range(4, sheet.shape[1], 132)
     return [sheet[28:156, left:left + 128] for left in lefts]
+
+
+def page_of(path):
+    """What a scene's page shows: [(seconds, pixels, L1)] and the WAV file that it plays."""
+    text = Path(path).read_text()
+    rows = re.findall(r'^(\[.*\]),$', text, re.M)
+    moments = []
+    for seconds, image, l1 in map(json.loads, rows):
+        pixels = np.asarray(Image.open(io.BytesIO(b64decode(image))).convert('RGB'))
+        moments.append((seconds, pixels, l1))
+    sound, = re.findall(r'^const sound = "(.*)"$', text, re.M)
+    return moments, io.BytesIO(b64decode(sound))
 
 
 def test_a_picture_is_generated_for_a_recording(
@@ -3413,20 +3546,90 @@ def test_a_picture_is_generated_for_a_recording(
     generate.main([*long, '--out', 'scene.png'])
     generate.main([*long, '--out', 'twice.png', '--hop', '0.25'])
     printed = capsys.readouterr().out
-    assert '\ntwice.png: 6 pictures of viola, every 0.25 s\n' in printed
+    assert '\ntwice.png: 6 moments; long.wav: viola, every 0.25 s, by model E of ' in printed
     assert np.array_equal(tiles('twice.png')[::2], tiles('scene.png'))
     generate.main([*long, '--out', 'scene.gif', '--hop', '0.3'])
     with Image.open('scene.gif') as gif:
         assert (gif.size, gif.n_frames, gif.info['duration']) == ((32, 32), 5, 300)
+    generate.main([*long, '--out', 'frames', '--hop', '0.25'])
+    names = [f'{milliseconds:08}.png' for milliseconds in range(0, 1500, 250)]
+    assert sorted(path.name for path in Path('frames').iterdir()) == names
+    generate.main([*long, '--out', 'scene.html', '--hop', '0.25'])
+    moments, sound = page_of('scene.html')
+    for (seconds, image, l1), name in zip(moments, names, strict=True):
+        assert seconds == int(name[:8]) / 1000
+        assert l1 is None
+        assert np.array_equal(image, np.asarray(Image.open(f'frames/{name}')))
+    assert wavfile.read(sound)[0] == 22050
+    sound.seek(0)
+    mono = samples.astype(float).mean(axis=1)
+    assert np.abs(wavfile.read(sound)[1] - mono).max() <= 0.5
 
     refused(generate, [*long, '--out', 'scene.png'], 'scene.png', 'exists')
-    refused(generate, [*long, '--out', 'scene.jpg'], 'scene.jpg', '.png or .gif')
+    refused(generate, [*long, '--out', 'frames'], 'frames', 'exists')
+    refused(generate, [*long, '--out', 'scene.jpg'], 'scene.jpg', '.html, .gif, .png or a folder')
+    refused(generate, [run, *flags], 'recording', '--piece')
+    refused(generate, [*long, '--piece', 'viola09'], 'recording', '--piece')
     refused(generate, [*long, '--label', 'kazoo'], 'kazoo', 'bassoon, viola')
     x = ['--out', 'x.png']
     refused(generate, [run, 'scene.png', *flags, *x], 'scene.png', 'WAV')
     for hop in '0', '601':
         refused(generate, [*long, *x, '--hop', hop], '--hop')
     assert not list(tmp_path.glob('x.*'))
+
+
+def test_a_piece_is_shown_beside_the_truth(group, two, two_classes, tmp_path, refused, monkeypatch):
+    """LMS, I', I'' and truth of each clip in the order of time, with the sound of the chunks."""
+    monkeypatch.chdir(tmp_path)
+    run = group[0] / 'E-seed-0'
+    pieces = generate.find_pieces(two.train)
+    clips = pieces['bassoon01']
+    milliseconds = [moment for moment, _ in clips]
+    assert len(clips) > 1
+    assert milliseconds == sorted(milliseconds)
+    flags = [str(run), '--piece', 'bassoon01', '--split', 'train', '--device', 'cpu']
+    generate.main(flags)
+    moments, sound = page_of('bassoon01.html')
+    model = generate.load_run(run)[1]
+    with torch.no_grad():
+        lms, image, label = two.train.batch([index for _, index in clips])
+        coarse, fine, _ = model(lms, label)
+    for i, (seconds, pixels, l1) in enumerate(moments):
+        assert seconds == (milliseconds[i] - milliseconds[0]) / 1000
+        assert l1 == pytest.approx((fine[i] - image[i]).abs().mean().item(), rel=1e-4)
+        shown = [generate.lms_picture(lms[i])]
+        shown += map(generate.picture, (coarse[i], fine[i], image[i]))
+        expected = np.concatenate([np.asarray(tile, float) for tile in shown], axis=1)
+        assert np.abs(pixels - expected).mean() < 20            # the page's are not kept exactly
+    assert len(moments) == len(clips)
+    rate, heard = wavfile.read(sound)
+    folder = two_classes / 'chunk/train/bassoon'
+    chunks = [wavfile.read(folder / f'bassoon01_{moment}.wav')[1] for moment in milliseconds]
+    assert (rate, len(heard)) == (44100, round((seconds + 0.5) * 44100))
+    for moment, chunk in zip(milliseconds, chunks):     # the demo's begin 0.6 s after one another
+        start = round((moment - milliseconds[0]) / 1000 * rate)
+        until = start + round(0.1 * rate)
+        assert np.abs(heard[start:until].astype(int) - chunk[:until - start]).max() <= 1
+
+    generate.main([*flags, '--out', 'piece.gif'])
+    with Image.open('piece.gif') as gif:
+        assert (gif.size, gif.n_frames) == ((128, 32), len(clips))
+    refused(generate, [*flags, '--out', 'piece.png'], 'piece.png', '.html, .gif or a folder')
+    there = ', '.join(generate.find_pieces(two.validation))
+    flags = [run, '--piece', 'bassoon01', '--out', 'x.html']
+    refused(generate, flags, 'bassoon01: not in validation', there)
+
+
+def test_chunks_that_overlap_are_heard_as_far_as_the_next_one_begins(tmp_path, capsys):
+    """A ramp cut every 100 ms and put together again is the ramp."""
+    ramp = np.arange(-33075, 33075) // 2
+    cut(tmp_path, ramp.astype(np.int16), frames=range(1, 31))
+    data = preprocess.open_dataset(tmp_path / 'data', 32, tmp_path / 'cache')
+    split = data.validation
+    clips = generate.find_pieces(split)['hornsolo']
+    heard, rate = generate.piece_sound(data, split, clips)
+    start = round(clips[0][0] / 1000 * rate)
+    assert np.array_equal(np.round(heard * 32768), ramp[start:start + len(heard)])
 
 
 def test_what_plays_in_a_recording_is_heard(
@@ -3453,7 +3656,7 @@ def test_what_plays_in_a_recording_is_heard(
     assert re.findall(r'(\w+) ([01]\.\d{4})\b', line.split(', by')[0]) == likely
     assert f'is {accuracy:.4f};' in line
     name = likely[0][0]
-    assert last == f'heard.gif: 3 pictures of {name}, every 0.5 s'
+    assert last.startswith(f'heard.gif: 3 moments; three.wav: {name}, every 0.5 s, by model E of ')
     generate.main([*flags, '--out', 'told.gif', '--label', name])
     assert Path('told.gif').read_bytes() == Path('heard.gif').read_bytes()
     assert len(capsys.readouterr().out.splitlines()) == 1       # nothing is heard where it is told

@@ -41,8 +41,8 @@ from preprocess import open_dataset
 from report import LOSSES, Log, way_back, write_page
 from runs import (InputError, Progress, broadcast, choose_device, default_cache, digest,
                   distributed, duration, epochs_done, load_config, load_file, load_state, one_line,
-                  open_run, peak_memory, rank, rank0_first, reason, run_command, save_file,
-                  world_size, write_config, writing)
+                  at_least, open_run, peak_memory, power_of_two, rank, rank0_first, reason,
+                  run_command, save_file, world_size, write_config, writing)
 
 
 # --------------------------------------------------------------------------- the classifier C (3.3)
@@ -153,7 +153,8 @@ def get_classifier(args, dataset, path, device, gpus=()):
     _check_classes(state, dataset, path)
     classifier = Classifier(len(dataset.classes), pretrained=False)
     load_state(classifier, state['classifier'], path)
-    print(f'classifier: {path}, accuracy {state["accuracy"]:.4f} on validation')
+    if len(dataset.classes) > 1:
+        print(f'classifier: {path}, accuracy {state["accuracy"]:.4f} on validation')
     return classifier.to(device)
 
 
@@ -164,6 +165,8 @@ def _check_classes(state, dataset, path):
 
 def make_classifier(args, dataset, part, device, gpus):
     """What train_classifier() returns of C, or the file --classifier where a run made that."""
+    if len(dataset.classes) == 1:
+        return dict(classifier={}, classes=dataset.classes, accuracy=1.0)
     source = args.classifier
     if source:
         state = load_file(source)
@@ -630,8 +633,12 @@ def train(args, run, device, gpus):
     data = rank0_first(lambda: args.data or demo_data(args.size, args.cache), local=True)
     dataset = rank0_first(lambda: open_dataset(data, args.size, args.cache, workers=args.workers),
                           local=True)
-    if len(dataset.classes) < 2:
-        raise InputError(f'{data}: only one class, {dataset.classes[0]}: a classifier needs two')
+    if len(dataset.classes) == 1:
+        if args.variant == 'S2IC':
+            raise InputError(f'{data}: only one class, {dataset.classes[0]}: S2IC hears by a '
+                             'classifier of sounds, which wants two')
+        print(f'only one class, {dataset.classes[0]}: C has nothing to tell apart and is not '
+              'trained; L_C and the residue are 0')
     if rank() == 0:
         args.made['machine'] = device_name(device)
         if not args.resume:     # a resume that is refused leaves its run as it was
@@ -788,26 +795,6 @@ PRESETS = {     # what each sets otherwise than the paper
 MODEL_SETTINGS = ('size', 'base', 'disc_base', 'variant')       # a checkpoint fits these alone
 
 
-def number(convert, least, below=None):
-    """A type of argparse: numbers from `least`, and less than `below` where that is given."""
-    def parse(text):
-        value = convert(text)
-        if not value >= least:      # nor is nan
-            raise argparse.ArgumentTypeError(f'{text}: must be a number from {least}')
-        if below is not None and value >= below:
-            raise argparse.ArgumentTypeError(f'{text}: must be less than {below}')
-        return value
-    parse.__name__ = convert.__name__
-    return parse
-
-
-def power_of_two(text):
-    value = int(text)
-    if value < 32 or value & (value - 1):
-        raise argparse.ArgumentTypeError(f'{text}: must be a power of two from 32')
-    return value
-
-
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -820,15 +807,15 @@ def make_parser():
     add('--resume', help='go on with this run, with its settings')
     add('--preset', choices=PRESETS, help='paper, small (little data) or demo (small at '
         '64x64); flags override what it sets (default: paper with --data, else demo)')
-    add('--workers', type=number(int, 1), help='threads that read files (default: one a core)')
+    add('--workers', type=at_least(int, 1), help='threads that read files (default: one a core)')
     add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs, else the CPU)')
-    add('--seed', type=number(int, 0), nargs='+', default=0, help='of the weights, the order '
+    add('--seed', type=at_least(int, 0), nargs='+', default=0, help='of the weights, the order '
         'and dropout; several: a run each, below --out (default: 0)')
-    add('--sample-every', type=number(int, 1), default=5,
+    add('--sample-every', type=at_least(int, 1), default=5,
         help='epochs between picture grids, with a checkpoint each (default: 5)')
     add('--amp', choices=('bf16', 'fp16', 'off'), help='precision of the networks; losses and '
         'residue are float32 (default: bf16 on a GPU, else off)')
-    add('--benchmark', type=number(int, 1), help='time N steps on random data, train nothing')
+    add('--benchmark', type=at_least(int, 1), help='time N steps on random data, train nothing')
 
     add = parser.add_argument_group('the model').add_argument
     variants = '; '.join(f'{name}: {text}' for name, text in VARIANTS.items())
@@ -836,25 +823,25 @@ def make_parser():
         help=f"{variants}; S2IC, CMCGAN: Table 2's others, with an Adam, a start and losses of "
         'their own; several, or all: a run each, below --out (default: E)')
     add('--size', type=power_of_two, default=256, help='side of the pictures (default: 256)')
-    add('--base', type=number(int, 1), default=64, help="the U-Nets' first width (default: 64)")
-    add('--disc-base', type=number(int, 1), default=64,
+    add('--base', type=at_least(int, 1), default=64, help="the U-Nets' first width (default: 64)")
+    add('--disc-base', type=at_least(int, 1), default=64,
         help="the PatchGAN's first width (default: 64)")
-    add('--dropout', type=number(float, 0.0, below=1.0), default=0.5,
+    add('--dropout', type=at_least(float, 0.0, below=1.0), default=0.5,
         help="in the U-Nets' decoder, training only (default: 0.5)")
-    add('--init-std', type=number(float, 0.0), default=0.2,
+    add('--init-std', type=at_least(float, 0.0), default=0.2,
         help='start from N(0, X) (default: 0.2)')
 
     add = parser.add_argument_group('the training').add_argument
-    add('--batch-size', type=number(int, 1), default=64,
+    add('--batch-size', type=at_least(int, 1), default=64,
         help='pairs a step, over all GPUs (default: 64)')
-    add('--epochs', type=number(int, 1), default=200, help='of G1, G2 and D (default: 200)')
-    add('--lr', type=number(float, 0.0), default=0.0008,
+    add('--epochs', type=at_least(int, 1), default=200, help='of G1, G2 and D (default: 200)')
+    add('--lr', type=at_least(float, 0.0), default=0.0008,
         help='learning rate of Adam (default: 0.0008)')
-    add('--betas', type=number(float, 0.0, below=1.0), nargs=2, default=[0.9, 0.999],
+    add('--betas', type=at_least(float, 0.0, below=1.0), nargs=2, default=[0.9, 0.999],
         help='of Adam (default: 0.9 0.999)')
-    add('--ema', type=number(int, 0), default=0,
+    add('--ema', type=at_least(int, 0), default=0,
         help='generate with an average of the weights of this half-life, in images (default: none)')
-    add('--lambdas', type=number(float, 0.0), nargs=5, default=[1.0, 1.0, 100.0, 1.0, 1.0],
+    add('--lambdas', type=at_least(float, 0.0), nargs=5, default=[1.0, 1.0, 100.0, 1.0, 1.0],
         help="weights of L_C (variant B: always 0), L_cGAN and L_L1 in Eq. (6), of I' and I'' in "
         'Eq. (5) (default: 1 1 100 1 1)')
     add('--saturating', action=argparse.BooleanOptionalAction, default=True,
@@ -863,7 +850,7 @@ def make_parser():
         "torchvision's resnet50-0676ba61.pth, to start from (default: downloaded once)")
     add('--no-pretrained', dest='pretrained', action='store_false',
         help='start C without the ImageNet weights')
-    add('--classifier-epochs', type=number(int, 1), default=20,
+    add('--classifier-epochs', type=at_least(int, 1), default=20,
         help='of C; the best by a held-out tenth of train counts (default: 20)')
     return parser
 
