@@ -30,7 +30,8 @@ from baselines import BASELINES
 from cargan import VARIANTS
 from generate import (as_saved, draw_grid, draw_sounds, example_clips, example_pictures,
                       lms_picture, load_run, open_run_data, paper_figures, picture)
-from report import paper_tables, report_text, write_folder_page, write_page
+from report import (METRICS_VERSION, paper_tables, read_metrics, report_text, write_folder_page,
+                    write_page)
 from runs import (InputError, Progress, choose_device, default_cache, digest, epochs_done,
                   load_config, load_file, at_least, reason, run_command, write_text)
 from train import get_audio_classifier, kept_beside
@@ -500,19 +501,18 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
     _, model, trained = load_run(run, device)
     if trained['epoch'] < config['epochs']:
         print(f'note: {run} is not done: epoch {trained["epoch"]} of {config["epochs"]}')
-    independent, path = networks.get('independent'), folder / 'metrics.json'
+    independent = networks.get('independent')
     measured = dict(weights=digest(model), data=dataset.fingerprint)
     if independent:
         measured['independent'] = digest(independent)
-    if path.exists() and not args.images:
-        metrics = json.loads(path.read_text('utf-8'))
-        if metrics.get('measured') == measured:
-            if 'inception' not in networks or 'fid' in metrics['train']['fine']:
-                return model, metrics
+    metrics = read_metrics(folder)
+    if metrics.get('measured') == measured and not args.images:
+        if 'inception' not in networks or 'fid' in metrics['train']['fine']:
+            return model, metrics
     batch_size = args.batch_size or max(1, 2048 // config['size'])
     rows = measure(model, dataset, networks, batch_size, device, folder, args.images)
     metrics = {name: config.get(name) for name in ('data', 'size', 'variant', 'seed', 'preset')}
-    metrics.update(trained, measured=measured, pictures={},
+    metrics.update(trained, version=METRICS_VERSION, measured=measured, pictures={},
                    versions=dict(torch=torch.__version__, torchvision=torchvision.__version__))
     if args.data:
         metrics['data'] = args.data
@@ -537,8 +537,9 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
             return dataset.train.batch([(frames - features).norm(dim=1).argmin()])[1]
 
     draw_grid(example_pictures(model, example_clips(dataset), device, nearest), folder / 'grid.png')
-    draw_sounds(model, dataset.validation, folder / 'sounds.png', device)
-    write_text(path, json.dumps(metrics, indent=1) + '\n')
+    if dataset.lms_channels == 1:       # in pictures nobody knows what is high
+        draw_sounds(model, dataset.validation, folder / 'sounds.png', device)
+    write_text(folder / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
     return model, metrics
 
 

@@ -15,6 +15,7 @@ from scipy.ndimage import uniform_filter1d
 from cargan import VARIANTS
 from runs import InputError, load_config, rank, world_size, write_text, written_whole
 
+METRICS_VERSION = 1     # of metrics.json, raised when it holds other things than before
 METRICS = {     # of metrics.json; 1: more is better, -1: less is
     'fid': -1, 'kid': -1, 'is': 1,
     'fid_independent': -1, 'kid_independent': -1, 'is_independent': 1,
@@ -103,6 +104,15 @@ def table(columns, split):
     if missing:
         text += f'\n\nnot computed: {", ".join(missing)}'
     return text
+
+
+def read_metrics(folder):
+    """What evaluate.py wrote into a folder; {} where it did not, or by other code than this."""
+    try:
+        metrics = json.loads((folder / 'metrics.json').read_text('utf-8'))
+        return metrics if metrics['version'] == METRICS_VERSION else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def kind_columns(metrics, split, kinds):
@@ -454,8 +464,7 @@ def write_page(run):
     config = load_config(run)
     variant = config['variant']
     made = config.get('made', {})
-    path = run / 'metrics.json'
-    metrics = json.loads(path.read_text('utf-8')) if path.exists() else {}
+    metrics = read_metrics(run)
     measured = metrics.get('epoch', 0)
     epoch = max(measured, made.get('epoch', 0))
     refresh = '<meta http-equiv="refresh" content="30">'

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,6 +48,9 @@ def run_command(main):
             stream.reconfigure(errors='backslashreplace')
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        print(f'error: {reason(error)} Lower --batch-size', file=sys.stderr)
+        sys.exit(2)
     except (InputError, OSError) as error:
         print(one_line(f'error: {error}'), file=sys.stderr)
         sys.exit(2)
@@ -187,6 +190,8 @@ def writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent):
             yield
+    except BrokenPipeError:         # of the terminal
+        raise
     except OSError as error:
         raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name '
                          'a folder elsewhere by --cache') from error
@@ -293,16 +298,18 @@ def open_run(run, resume=False):
     except OSError as error:
         raise InputError(f'{run}: cannot be made ({reason(error)}); name another folder by '
                          '--out') from error
-    try:
-        with locked(run, wait=False):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run, wait=False))
+        except BlockingIOError as error:
+            raise InputError(f'{run}: another process is training there; wait for it, or name '
+                             'another by --out') from error
+        try:
             yield run
-    except BlockingIOError as error:
-        raise InputError(f'{run}: another process is training there; wait for it, or name another '
-                         'by --out') from error
-    except InputError:
-        if fresh and not _begun(run):
-            shutil.rmtree(run)
-        raise
+        except InputError:
+            if fresh and not _begun(run):
+                shutil.rmtree(run)
+            raise
 
 
 def _begun(run):

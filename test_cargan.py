@@ -1990,8 +1990,8 @@ def test_two_commands_in_one_folder(run, refused):
     runs.fcntl.flock(held, runs.fcntl.LOCK_EX)          # as another process does
     refused(train, resume(run), run, 'another process', '--out')
     os.close(held)
-    with runs.open_run(run, resume=True):               # free again
-        pass
+    with pytest.raises(BlockingIOError, match='mine'), runs.open_run(run, resume=True):
+        raise BlockingIOError('mine')                   # free again, and no other process is named
 
 
 def test_a_file_system_without_locks_is_no_full_disk(tmp_path, monkeypatch, capsys):
@@ -2059,6 +2059,23 @@ def test_out_of_memory_says_what_to_lower(run, refused, monkeypatch):
 
     monkeypatch.setattr(cargan.CARGAN, 'forward', small)
     refused(train, resume(run), 'the memory of cpu is too small: --batch-size 5 must be lower')
+    monkeypatch.setattr(generate, 'recording_lms', small)
+    wavfile.write(run / 'x.wav', 22050, np.zeros(9, np.int16))
+    refused(generate, [run, run / 'x.wav', '--label', 'viola', '--out', run / 'x.png'],
+            'CUDA out of memory', 'Lower --batch-size')
+
+
+def test_a_note_says_that_d_has_won(two_classes, tmp_path, trained, monkeypatch, capsys):
+    """Once, with the mean L_D of the epoch."""
+    monkeypatch.setattr(train, 'VICTORY', 100.0)
+    C, run = trained / 'classifier.pt', tmp_path / 'run'
+    train.main(run_flags(two_classes, run, '--classifier', C, '--disc-base', '4'))
+    note, = [line for line in capsys.readouterr().err.splitlines() if 'D has won' in line]
+    L_D = [float(row.split(',')[5]) for row in report.log_rows(run / 'log.csv')]
+    said = float(re.search('L_D was (.*) over epoch 1:', note)[1])
+    assert said == pytest.approx(np.mean(L_D[:4]), abs=1e-4)
+    assert '--no-saturating' in note
+    assert not train.d_has_won([torch.tensor(100.0), torch.tensor(101.0)], 1)
 
 
 def test_float32_is_float32_before_c_is_trained(two_classes, tmp_path, monkeypatch):
@@ -2329,6 +2346,7 @@ def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, r
 def test_wrong_use_is_one_line(run, two_classes, tmp_path, refused):
     refused(train, run_flags(two_classes, run), run, '--resume')
     refused(train, resume(run, '--base', 16), '--base 16', '8')
+    refused(train, resume(run, '--preset', 'small'), '--preset', 'leave the flag out')
     refused(train, resume(tmp_path), tmp_path, 'not a run')
     for flags in (['--size', '100'], ['--batch-size', '0'], ['--lr', '-1'], ['--variant', 'F'],
                   ['--dropout', '1'], ['--lr', 'nan'], ['--device', 'gpu']):
@@ -2820,6 +2838,11 @@ def test_a_run_is_measured_again_where_something_is_new(folder, measured, monkey
     change(path, measured=json.loads(first)['measured'] | dict(data='other files'))
     assert evaluated_again()
     assert path.read_text() == first
+    for broken in '[]', '{', json.dumps(json.loads(first) | dict(version=0)):
+        path.write_text(broken)
+        report.write_page(run)          # as if nothing had been measured
+        assert evaluated_again()
+        assert path.read_text() == first
     state = runs.load_file(run / 'model.pt')['model']
     change(run / 'model.pt', model={name: value * 1.5 for name, value in state.items()})
     assert evaluated_again()
@@ -4073,7 +4096,7 @@ def test_the_readmes_lines_of_python(trained, tmp_path, monkeypatch):
     for block in blocks:
         block = block.replace('runs/<name>', str(trained)).replace('violin', 'viola')
         exec(block, {})
-    assert (tmp_path / 'scene.png').exists()
+    assert sorted(path.name for path in tmp_path.glob('*.png')) == ['00.0.png', '00.5.png']
 
 
 def test_arrows_of_import_run_one_way():

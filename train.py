@@ -144,7 +144,7 @@ def get_classifier(args, dataset, path, device, gpus=()):
     be had.
     """
     if not path.exists():
-        part = path.with_name('classifier-part.pt')
+        part = path.with_name(f'classifier-{args.seed}-{dataset.fingerprint[:8]}-part.pt')
         with writing(path):     # the runs of a group share it: another command may train it now
             if not path.exists():
                 save_file(make_classifier(args, dataset, part, device, gpus), path)
@@ -392,15 +392,18 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
     log = Log(run / 'log.csv', trainer.steps)
     left = (args.epochs - trainer.epoch) * len(split) - trainer.pairs
     start, seen = time.monotonic(), 0
+    warned = False
 
     for epoch in range(trainer.epoch + 1, args.epochs + 1):
         order = args.seed + 1000003 * epoch     # of the epoch alone: a resume needs no state
+        L_D = []
         batches = split.batches(args.batch_size, trainer.device, order, trainer.pairs, rank(),
                                 world_size())
         for indices, batch in zip(split.indices(args.batch_size, order, trainer.pairs), batches):
             losses = trainer.step(*batch, size=len(indices))
             trainer.pairs += len(indices)
             seen += len(indices)
+            L_D.append(losses[3])
             log.add(trainer.steps, epoch, losses,
                     lambda indices=indices: [split.stems[i] for i in indices])
             if seen == len(indices) and rank() == 0:
@@ -414,6 +417,7 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
                 progress('  '.join(words), last=whole)
             if whole:
                 trainer.epoch, trainer.pairs = epoch, 0
+                warned = warned or d_has_won(L_D, epoch)
             sampled = whole and (epoch % args.sample_every == 0 or epoch == args.epochs)
             if saver.due() or sampled:
                 log.flush()         # first, as it may find that the weights are not worth keeping
@@ -430,6 +434,19 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
                 write_page(run)
             if saver.signal:
                 return
+
+
+VICTORY = 0.01      # of D: below this mean of L_D its gradient teaches G little
+
+
+def d_has_won(L_D, epoch):
+    """Whether the L_D of an epoch's steps say so; then it is said on stderr."""
+    mean = torch.stack(L_D).mean().item()
+    if mean < VICTORY:
+        print(f'note: L_D was {mean:.4f} over epoch {epoch}: D has won, and G learns little from '
+              'it; try --no-saturating, --betas 0.5 0.999, or a smaller --disc-base',
+              file=sys.stderr)
+    return mean < VICTORY
 
 
 def save_config(args, run, dataset):
@@ -919,6 +936,9 @@ def _resumed(defaults, given):
     kept = config.keys() & {*defaults, 'group', 'made'} - {'resume', 'device', 'benchmark'}
     settings = {**defaults, 'group': False, 'made': {}}
     settings |= {name: config[name] for name in kept} | given
+    for name in 'preset', 'out':
+        if name in given:
+            raise InputError(f'--{name}: a run that goes on has its own; leave the flag out')
     for name in MODEL_SETTINGS:
         if settings[name] != config[name]:
             flag = name.replace('_', '-')
