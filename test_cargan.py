@@ -930,7 +930,10 @@ def test_attention_is_its_formula(channels, height, width):
     torch.manual_seed(0)
     module = cargan.SelfAttention(channels).double()
     x = torch.randn(2, channels, height, width, dtype=torch.double, requires_grad=True)
-    assert torch.equal(module(x), x)                                    # the scale starts at 0
+    image = module(x)
+    assert torch.equal(image, x)                                        # the scale starts at 0
+    image.square().sum().backward()
+    assert module.scale.grad != 0                                       # and leaves it
     nn.init.constant_(module.scale, 0.7)
     ours = module(x)
     expected = attention_by_formula(module, x)
