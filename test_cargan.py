@@ -1444,6 +1444,53 @@ def test_a_step_is_the_papers_by_hand():
     assert difference([losses], [torch.stack([L_C, L_cGAN, L_L1, L_D])]) < 1e-3
 
 
+def test_the_c_of_the_steps_is_c_without_batchnorm():
+    torch.manual_seed(0)
+    model = cargan.CARGAN(5, size=32, base=8).double()
+    C = model.residue.classifier
+    norms = [module for module in C.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for mean in norm.running_mean, norm.bias:
+            mean.normal_(std=0.5)
+        for scale in norm.running_var, norm.weight:
+            scale.uniform_(0.5, 1.5)
+    before = runs.digest(C)
+    twin = train.fuse_classifier(model)
+    fused = twin.residue.classifier
+    assert (twin.G1, twin.G2) == (model.G1, model.G2)
+    assert len(norms) == 53
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert not any(p.requires_grad for p in fused.parameters())
+
+    image = torch.rand(2, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    expected = C.resnet(image)                      # C itself answers in float32
+    logits = fused.resnet(image)
+    assert distance(logits, expected) < 1e-10
+    direction = torch.randn_like(expected)
+    wanted, = torch.autograd.grad(expected, image, direction)
+    gradient, = torch.autograd.grad(logits, image, direction)
+    assert distance(gradient, wanted) < 1e-8
+    assert runs.digest(C) == before
+
+
+@pytest.mark.parametrize('variant', cargan.VARIANTS)
+def test_files_and_metrics_are_of_c_itself(variant):
+    C = cargan.Classifier(5, pretrained=False)
+    before = runs.digest(C)
+    ours = make_trainer('--variant', variant, '--ema', '2', C=lambda _: C)
+    ours.step(*batch())
+    for model in ours.model, ours.average:
+        assert model.residue.classifier is C
+    assert runs.digest(C) == ours.classifier_digest == before
+    state = train.trainer_state(ours)
+    expected = cargan.CARGAN(5, 32, 8, variant).state_dict()
+    names = [name for name in expected if not name.startswith('residue')]
+    assert list(state['model']) == list(state['average']) == names
+    twin = ours.G_step.model.residue.classifier
+    assert not isinstance(twin.resnet.bn1, nn.BatchNorm2d)
+    assert all(p.grad is None for p in twin.parameters())
+
+
 @pytest.mark.parametrize('name', baselines.BASELINES)
 def test_a_baselines_step_weighs_its_losses(name):
     """L_G and L_Cons by the second and the third of --lambdas, L_D by the second."""

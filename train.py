@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import baselines
 from baselines import BASELINES, EPOCHS, SETTINGS, AudioClassifier
@@ -221,6 +222,22 @@ def get_audio_classifier(dataset, device='cpu'):
 # Modules, so that DataParallel can split them. Autocast is entered inside, as it is a thread's own.
 # Terms are means times the number of pairs, so that those of parts of a batch add up.
 
+def fuse_classifier(model):
+    """The model as the steps use it: the same G1 and G2, but a copy of C whose BatchNorms, in eval
+    mode, are part of the convolutions before them: the same function by fewer operations. Files
+    and metrics are of the C that the model itself holds.
+    """
+    shared = {id(G): G for name, G in model.named_children() if name != 'residue'}
+    model = copy.deepcopy(model, shared)
+    for block in list(model.residue.modules()):
+        layers = list(block.named_children())
+        for (name, layer), (following, norm) in zip(layers, layers[1:]):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(block, name, fuse_conv_bn_eval(layer, norm))
+                setattr(block, following, nn.Identity())
+    return model
+
+
 class GeneratorStep(nn.Module):
     """The G step's forward: a batch -> L_C, L_cGAN and L_L1, (1, 3); I', I'', detached, for D."""
 
@@ -310,7 +327,8 @@ class Trainer:
             G_step = baselines.GeneratorStep(self.model, self.D, dtype)
             D_step = baselines.DiscriminatorStep(self.model, self.D, dtype)
         else:
-            G_step = GeneratorStep(self.model, self.D, stage_weights, args.saturating, dtype)
+            model = fuse_classifier(self.model)
+            G_step = GeneratorStep(model, self.D, stage_weights, args.saturating, dtype)
             D_step = DiscriminatorStep(self.D, stage_weights, dtype)
         self.set_requires_grad(self.G_optimizer)    # DistributedDataParallel asks what a step moves
         self.G_step = self._parallel(G_step, gpus)
