@@ -2230,8 +2230,32 @@ def test_presets_say_what_they_change_and_yield_to_flags(capsys):
         assert words in out
     args, = train.parse_args(['--data', 'x y', '--preset', 'small', '--lr', '9'])
     assert (args.lr, args.ema, args.pretrained) == (9, 1500, True)
+    assert args.amp == 'off'
+    assert 'amp' not in out             # which the paper does not speak of
     typed = "python train.py --data 'x y' --preset small --lr 9"
     assert args.made['command'] == typed
+
+
+def test_precision_is_the_presets_or_the_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda _: True)
+    for flags, mode in ([], 'bf16'), (['--preset', 'demo'], 'off'), (['--preset', 'small'], 'off'):
+        args, = train.parse_args(['--data', 'x', *flags])
+        assert train.amp_mode(args, torch.device('cuda')) == mode
+        args, = train.parse_args(['--data', 'x', *flags, '--amp', 'fp16'])
+        assert train.amp_mode(args, torch.device('cuda')) == 'fp16'
+
+
+@pytest.mark.parametrize('batch_size, device, gpus', [
+    (64, None, [0, 1, 2, 3]),
+    (11, 'cuda', [0, 1]),
+    (3, None, [0]),
+    (64, 'cuda:1', []),
+    (64, 'cpu', []),
+])
+def test_each_gpu_has_four_pictures(batch_size, device, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    args = argparse.Namespace(batch_size=batch_size, device=device)
+    assert train.choose_gpus(args) == gpus
 
 
 def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, refused):

@@ -605,6 +605,14 @@ def load_checkpoint(trainer, path):
 
 # -------------------------------------------------------------------------------------- a whole run
 
+def choose_gpus(args):
+    """The GPUs that share each batch: all, but no more than leave each four pictures of it."""
+    if args.device not in (None, 'cuda'):
+        return []
+    count = min(torch.cuda.device_count(), max(1, args.batch_size // 4))
+    return list(range(count))
+
+
 def amp_mode(args, device):
     """What --amp stands for on this device: bf16 on a GPU that has it, off elsewhere."""
     if args.amp is None and device.type == 'cuda' and torch.cuda.is_bf16_supported(False):
@@ -797,7 +805,8 @@ def benchmark(args, device, gpus):
 
 SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4,
              betas=[0.5, 0.999], saturating=False, ema=1500, classifier_epochs=10,
-             lambdas=[0.1, 1.0, 100.0, 1.0, 1.0])
+             lambdas=[0.1, 1.0, 100.0, 1.0, 1.0],
+             amp='off')     # with batches of 8 the GPU waits for Python, and bf16 adds to that
 PRESETS = {     # what each sets otherwise than the paper
     'paper': {},
     'small': dict(SMALL, size=128),
@@ -839,13 +848,14 @@ def make_parser():
     add('--preset', choices=PRESETS, help='paper, small (little data) or demo (small at '
         '64x64); flags override what it sets (default: paper with --data, else demo)')
     add('--workers', type=number(int, 1), help='threads that read files (default: one a core)')
-    add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs, else the CPU)')
+    add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs that get four pictures '
+        'of a batch each, else the CPU)')
     add('--seed', type=number(int, 0), nargs='+', default=0, help='of the weights, the order '
         'and dropout; several: a run each, below --out (default: 0)')
     add('--sample-every', type=number(int, 1), default=5,
         help='epochs between picture grids, with a checkpoint each (default: 5)')
     add('--amp', choices=('bf16', 'fp16', 'off'), help='precision of the networks; losses and '
-        'residue are float32 (default: bf16 on a GPU, else off)')
+        'residue are float32 (default: bf16 on a GPU, else off; off in small and demo)')
     add('--benchmark', type=number(int, 1), help='time N steps on random data, train nothing')
 
     add = parser.add_argument_group('the model').add_argument
@@ -937,7 +947,10 @@ def parse_args(argv=None):
         family = variant if variant in BASELINES else 'CAR-GAN'     # whose variants choose the same
         if chosen and family not in said:
             said.add(family)
-            values = [f'{name} {settings[name]} (paper {defaults[name]})' for name in chosen]
+            values = []
+            for name in chosen:
+                if defaults[name] is not None:      # the paper does not speak of precision
+                    values.append(f'{name} {settings[name]} (paper {defaults[name]})')
             print(f'model {variant}, preset {preset}: {", ".join(values)}')
         for seed in seeds:
             runs.append(argparse.Namespace(**settings | dict(seed=seed, made={'command': command})))
@@ -963,9 +976,7 @@ def main(argv=None):
     args = settings[0]
     with distributed(args):
         device = choose_device(args.device)
-        gpus = []
-        if args.device in (None, 'cuda'):
-            gpus = list(range(torch.cuda.device_count()))
+        gpus = choose_gpus(args)
         if args.benchmark:
             return benchmark(args, device, gpus)
         plan = broadcast(plan_runs(settings) if rank() == 0 else None)
