@@ -40,7 +40,7 @@ INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 INDEPENDENT_KEY = 'independent 6'       # raised when that classifier is trained otherwise
 SUFFIX = {'inception': '', 'independent': '_independent'}       # of metrics in a network's space
 NEAR_SILENT = -40.0     # dB of Split.loudness: the demo's music is above -15, its rests below -50
-SEEDS_OWN = {'seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'made', 'resume',
+SEEDS_OWN = {'seed', 'out', 'group', 'classifier', 'cache', 'device', 'compile', 'made', 'resume',
              'sample_every'}        # settings in which the runs of one column may differ
 
 

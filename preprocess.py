@@ -266,7 +266,7 @@ CACHE_VERSION = 6       # raised whenever the same files would be packed otherwi
 Dataset = namedtuple('Dataset', 'classes lms_channels train validation folder fingerprint')
 
 
-def open_dataset(data, size=256, cache=None, workers=None):
+def open_dataset(data, size=256, cache=None):
     """Check a dataset folder, pack it (once; again where the name, length or time of a file has
     changed) and map it into memory. Bad files are named on stderr and left out.
 
@@ -285,7 +285,7 @@ def open_dataset(data, size=256, cache=None, workers=None):
         with writing(folder):
             meta = _read_meta(folder, fingerprint)      # packed by another while we waited?
             if meta is None:
-                meta = _build_cache(folder, fingerprint, pairs, drawn, size, workers)
+                meta = _build_cache(folder, fingerprint, pairs, drawn, size)
     problems += meta['problems']
     for problem in problems:
         print(one_line(f'left out: {problem}'), file=sys.stderr)
@@ -344,7 +344,7 @@ def _lengths(folder):
     return [(folder / name).stat().st_size for name in ('frames', 'lms')]
 
 
-def _build_cache(folder, fingerprint, pairs, drawn, size, workers):
+def _build_cache(folder, fingerprint, pairs, drawn, size):
     """Pack all pairs, in parallel and constant memory: LMS as float16 dB or uint8 pictures, frames
     as uint8. Returns what meta.json says.
     """
@@ -363,7 +363,7 @@ def _build_cache(folder, fingerprint, pairs, drawn, size, workers):
     progress = Progress()
     with written_whole(folder) as building:
         building.mkdir()
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool, \
+        with ThreadPoolExecutor(os.cpu_count()) as pool, \
                 open(building / 'lms', 'wb') as lms, open(building / 'frames', 'wb') as frames:
             for start in range(0, len(pairs), 256):     # a window, so that results never pile up
                 for i, found in enumerate(pool.map(read, pairs[start:start + 256]), start):

@@ -84,7 +84,7 @@ def data(demo, tmp_path):
 def trained(group, two_classes):
     """A run of two epochs, of four steps each, with a copy of the group's C."""
     run, C = two_classes.parent / 'runs/small', group[0] / 'classifier.pt'
-    train.main(run_flags(two_classes, run, '--classifier', C, '--workers', '2'))
+    train.main(run_flags(two_classes, run, '--classifier', C))
     return run
 
 
@@ -1605,6 +1605,22 @@ def test_a_split_batch_adds_up():
     assert L_D.abs() < 1e-3
 
 
+@pytest.mark.parametrize('variant', ['E', 'S2IC'])
+def test_compiled_steps_are_the_steps(variant, monkeypatch):
+    """Each is one graph. The backend is the one that only traces: others take minutes."""
+    traced = partial(nn.Module.compile, backend='eager', fullgraph=True)
+    monkeypatch.setattr(nn.Module, 'compile', lambda step, **more: traced(step, **more))
+    plain = make_trainer('--variant', variant)
+    ours = make_trainer('--variant', variant, '--compile')
+    losses = []
+    for trainer in plain, ours:
+        torch.manual_seed(3)
+        losses.append(trainer.step(*batch()))
+    assert difference(losses[:1], losses[1:]) < 1e-3
+    for name in 'model', 'D', 'G_step', 'D_step':
+        assert list(getattr(ours, name).state_dict()) == list(getattr(plain, name).state_dict())
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_data_parallel_takes_the_same_step():
     args, = train.parse_args(['--data', 'x', *SMALL, '--dropout', '0', '--amp', 'off'])
@@ -2258,6 +2274,12 @@ def test_each_gpu_has_four_pictures(batch_size, device, gpus, monkeypatch):
     assert train.choose_gpus(args) == gpus
 
 
+def test_several_gpus_of_one_process_are_not_compiled_for(monkeypatch, refused):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    flags = ['--compile', '--benchmark', 1, '--batch-size', 8]
+    refused(train, flags, '--compile', '--device cuda:0', 'torchrun')
+
+
 def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, refused):
     """Size, widths, batch, epochs and EMA are the preset's, but the paper's epochs; the rest is
     theirs.
@@ -2837,7 +2859,7 @@ def test_several_runs_side_by_side(folder, measured, tmp_path, refused, capsys):
     for seed in 1, 2:
         run = folder / f'S2IC-seed-{seed}'
         shutil.copytree(folder / 'S2IC-seed-0', run, copy_function=os.link)
-        change(run / 'config.json', seed=seed, workers=seed, out=str(run))
+        change(run / 'config.json', seed=seed, compile=bool(seed), out=str(run))
     change(folder / 'S2IC-seed-0/config.json', lr=0.1, made=dict(command='train'))
     evaluate.main([str(folder), *flags])
     out, text = capsys.readouterr().out, (folder / 'tables.md').read_text()

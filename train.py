@@ -330,6 +330,9 @@ class Trainer:
             model = fuse_classifier(self.model)
             G_step = GeneratorStep(model, self.D, stage_weights, args.saturating, dtype)
             D_step = DiscriminatorStep(self.D, stage_weights, dtype)
+        if args.compile:
+            for step in G_step, D_step:
+                step.compile(dynamic=False)         # an epoch has batches of two sizes at most
         self.set_requires_grad(self.G_optimizer)    # DistributedDataParallel asks what a step moves
         self.G_step = self._parallel(G_step, gpus)
         self.set_requires_grad(self.D_optimizer)
@@ -654,8 +657,7 @@ def train(args, run, device, gpus):
     if args.resume and args.data and not Path(args.data).is_dir():
         raise InputError(f'{args.data}: the data of {run} is not there; say where by --data DIR')
     data = rank0_first(lambda: args.data or demo_data(args.size, args.cache), local=True)
-    dataset = rank0_first(lambda: open_dataset(data, args.size, args.cache, workers=args.workers),
-                          local=True)
+    dataset = rank0_first(lambda: open_dataset(data, args.size, args.cache), local=True)
     if len(dataset.classes) < 2:
         raise InputError(f'{data}: only one class, {dataset.classes[0]}: a classifier needs two')
     if rank() == 0:
@@ -739,7 +741,7 @@ def _check_same(args, config, run):
     for name, value in vars(args).items():
         if name in ('data', 'cache') and value:
             value = str(Path(value).resolve())
-        if name in ('out', 'resume', 'device', 'workers', 'classifier'):
+        if name in ('out', 'resume', 'device', 'compile', 'classifier'):
             continue
         if config.get(name) != value:
             raise InputError(f'{run}: its {name} is {config.get(name)}, not {value}: the same '
@@ -847,7 +849,6 @@ def make_parser():
     add('--resume', help='go on with this run, with its settings')
     add('--preset', choices=PRESETS, help='paper, small (little data) or demo (small at '
         '64x64); flags override what it sets (default: paper with --data, else demo)')
-    add('--workers', type=number(int, 1), help='threads that read files (default: one a core)')
     add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs that get four pictures '
         'of a batch each, else the CPU)')
     add('--seed', type=number(int, 0), nargs='+', default=0, help='of the weights, the order '
@@ -856,6 +857,8 @@ def make_parser():
         help='epochs between picture grids, with a checkpoint each (default: 5)')
     add('--amp', choices=('bf16', 'fp16', 'off'), help='precision of the networks; losses and '
         'residue are float32 (default: bf16 on a GPU, else off; off in small and demo)')
+    add('--compile', action='store_true',
+        help='compile the steps by torch.compile, which takes minutes at the start')
     add('--benchmark', type=number(int, 1), help='time N steps on random data, train nothing')
 
     add = parser.add_argument_group('the model').add_argument
@@ -977,6 +980,9 @@ def main(argv=None):
     with distributed(args):
         device = choose_device(args.device)
         gpus = choose_gpus(args)
+        if args.compile and len(gpus) > 1:
+            raise InputError('--compile: not for several GPUs in one process; take one of them by '
+                             '--device cuda:0, or start a process for each by torchrun')
         if args.benchmark:
             return benchmark(args, device, gpus)
         plan = broadcast(plan_runs(settings) if rank() == 0 else None)
