@@ -139,10 +139,19 @@ def draw_grid(rows, path):
         sheet.save(part, 'PNG')
 
 
+EXAMPLES = 36       # at most: a grid of hundreds would be too large for Pillow to read again
+
+
 def example_clips(dataset):
-    """A clip of each class, of validation or, where that has none, train: [(title, its batch)]."""
+    """A clip of each class, or of 36 evenly spaced ones, of validation or, where that has none,
+    train: [(title, its batch)].
+    """
     examples = []
-    for label, title in enumerate(dataset.classes):
+    count = len(dataset.classes)
+    shown = min(count, EXAMPLES)
+    for i in range(shown):
+        label = i * count // shown
+        title = dataset.classes[label]
         split = dataset.validation
         if label not in split.labels:
             split, title = dataset.train, f'{title} (train)'

@@ -3370,6 +3370,18 @@ def test_grid_shows_the_pictures_in_their_place(tmp_path):
         assert sheet.getpixel(middle) == (10 * (2 * i + j), 0, 0)
 
 
+@pytest.mark.parametrize('count, shown', [(2, [0, 1]), (36, range(36)), (72, range(0, 72, 2))])
+def test_examples_are_of_each_class_or_of_36_evenly_spaced(two, count, shown):
+    names = [f'class {label}' for label in range(count)]
+    pairs = two.train.subset([i % 19 for i in range(count)])
+    pairs.labels = torch.arange(count)
+    unheard = two.validation.subset([0])            # of class 0 alone
+    clips = generate.example_clips(two._replace(classes=names, train=pairs, validation=unheard))
+    assert [batch[2].item() for _, batch in clips] == list(shown)
+    titles = [f'class {label} (train)' for label in shown]
+    assert [title for title, _ in clips] == ['class 0', *titles[1:]]
+
+
 def test_a_run_is_its_model_or_its_checkpoint_and_the_classifier_they_name(group, tmp_path):
     out = shutil.copytree(group[0], tmp_path / 'group')
     run = out / 'E-seed-0'
