@@ -1314,6 +1314,18 @@ def test_s2ics_audio_classifier_is_trained_once_kept_and_frozen(group, two, caps
             assert torch.equal(kept[f'audio.{key}'], weights)
 
 
+def test_a_kept_classifier_leaves_the_runs_random_numbers_and_other_gpus_alone(
+        two, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)      # which it must not start
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    train.kept_beside(two._replace(folder=tmp_path), 'tiny', lambda: Linear(2), 'key', 'cpu',
+                      epochs=1)
+    assert (tmp_path / 'tiny.pt').exists()
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_kept_classifier_is_trained_again_for_other_files(two, tmp_path, capsys):
     def kept(fingerprint):
         dataset = two._replace(folder=tmp_path, fingerprint=fingerprint)

@@ -196,7 +196,8 @@ def kept_beside(dataset, name, make, key, device, **settings):
     dataset's cache: (the network in eval mode, frozen; its accuracy on validation).
     """
     path = dataset.folder / f'{name}.pt'
-    with torch.random.fork_rng(), writing(path):        # the run's random numbers stay its own
+    gpus = [device] if torch.device(device).type == 'cuda' else []
+    with torch.random.fork_rng(gpus), writing(path):    # the run's random numbers stay its own
         torch.manual_seed(KEPT_SEED)
         network = make().to(device)
         accuracy = kept_classifier(dataset, name, network, key)
@@ -343,7 +344,10 @@ class Trainer:
     def _parallel(self, step, gpus):
         if world_size() > 1:
             devices = [self.device] if self.device.type == 'cuda' else None
-            return DistributedDataParallel(step, devices, gradient_as_bucket_view=True)
+            # Buffers stay each process's own. Training does not read BatchNorm's, and rank 0 sets
+            # them anew before it alone saves and draws; spectral norms follow the common weights.
+            return DistributedDataParallel(step, devices, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False)
         return nn.DataParallel(step, gpus) if len(gpus) > 1 else step
 
     def set_requires_grad(self, optimizer):
