@@ -50,7 +50,8 @@ def load_run(run, device='cpu'):
         raise InputError(f'{source}: not the classifier that {path} was trained with; put that one '
                          'back')
     load_generators(model, state.get('average') or state['model'], path)
-    return config, model.to(device).eval(), dict(epoch=state['epoch'], steps=state['steps'])
+    model.to(device, memory_format=torch.channels_last)     # faster, on a CPU too
+    return config, model.eval(), dict(epoch=state['epoch'], steps=state['steps'])
 
 
 def make_model(variant, num_classes, size, base, lms_channels, classifier=None, dropout=0.5,
