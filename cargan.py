@@ -84,7 +84,8 @@ class SelfAttention(nn.Module):
         q, k, v = (rows.contiguous().unsqueeze(1) for rows in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, scale=1.0)       # (B, 1, HW, C/2)
         o = o.squeeze(1).mT.unflatten(2, x.shape[2:])                # (B, C/2, H, W)
-        return x + self.scale * self.output(o)
+        # the scale inside the last convolution: one pass less over the largest map
+        return x + F.conv2d(o, self.scale * self.output.weight)
 
 
 # ---------------------------------------------------------------------------------------- networks

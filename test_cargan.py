@@ -1015,7 +1015,10 @@ def test_attention_is_its_formula(channels, height, width):
     torch.manual_seed(0)
     module = cargan.SelfAttention(channels).double()
     x = torch.randn(2, channels, height, width, dtype=torch.double, requires_grad=True)
-    assert torch.equal(module(x), x)                                    # the scale starts at 0
+    image = module(x)
+    assert torch.equal(image, x)                                        # the scale starts at 0
+    image.square().sum().backward()
+    assert module.scale.grad != 0                                       # and leaves it
     nn.init.constant_(module.scale, 0.7)
     ours = module(x)
     expected = attention_by_formula(module, x)
@@ -1396,6 +1399,18 @@ def test_s2ics_audio_classifier_is_trained_once_kept_and_frozen(group, two, caps
             assert torch.equal(kept[f'audio.{key}'], weights)
 
 
+def test_a_kept_classifier_leaves_the_runs_random_numbers_and_other_gpus_alone(
+        two, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)      # which it must not start
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    train.kept_beside(two._replace(folder=tmp_path), 'tiny', lambda: Linear(2), 'key', 'cpu',
+                      epochs=1)
+    assert (tmp_path / 'tiny.pt').exists()
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_kept_classifier_is_trained_again_for_other_files(two, tmp_path, capsys):
     def kept(fingerprint):
         dataset = two._replace(folder=tmp_path, fingerprint=fingerprint)
@@ -1526,6 +1541,53 @@ def test_a_step_is_the_papers_by_hand():
     assert difference([losses], [torch.stack([L_C, L_cGAN, L_L1, L_D])]) < 1e-3
 
 
+def test_the_c_of_the_steps_is_c_without_batchnorm():
+    torch.manual_seed(0)
+    model = cargan.CARGAN(5, size=32, base=8).double()
+    C = model.residue.classifier
+    norms = [module for module in C.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for mean in norm.running_mean, norm.bias:
+            mean.normal_(std=0.5)
+        for scale in norm.running_var, norm.weight:
+            scale.uniform_(0.5, 1.5)
+    before = runs.digest(C)
+    twin = train.fuse_classifier(model)
+    fused = twin.residue.classifier
+    assert (twin.G1, twin.G2) == (model.G1, model.G2)
+    assert len(norms) == 53
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert not any(p.requires_grad for p in fused.parameters())
+
+    image = torch.rand(2, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    expected = C.resnet(image)                      # C itself answers in float32
+    logits = fused.resnet(image)
+    assert distance(logits, expected) < 1e-10
+    direction = torch.randn_like(expected)
+    wanted, = torch.autograd.grad(expected, image, direction)
+    gradient, = torch.autograd.grad(logits, image, direction)
+    assert distance(gradient, wanted) < 1e-8
+    assert runs.digest(C) == before
+
+
+@pytest.mark.parametrize('variant', cargan.VARIANTS)
+def test_files_and_metrics_are_of_c_itself(variant):
+    C = cargan.Classifier(5, pretrained=False)
+    before = runs.digest(C)
+    ours = make_trainer('--variant', variant, '--ema', '2', C=lambda _: C)
+    ours.step(*batch())
+    for model in ours.model, ours.average:
+        assert model.residue.classifier is C
+    assert runs.digest(C) == ours.classifier_digest == before
+    state = train.trainer_state(ours)
+    expected = cargan.CARGAN(5, 32, 8, variant).state_dict()
+    names = [name for name in expected if not name.startswith('residue')]
+    assert list(state['model']) == list(state['average']) == names
+    twin = ours.G_step.model.residue.classifier
+    assert not isinstance(twin.resnet.bn1, nn.BatchNorm2d)
+    assert all(p.grad is None for p in twin.parameters())
+
+
 @pytest.mark.parametrize('name', baselines.BASELINES)
 def test_a_baselines_step_weighs_its_losses(name):
     """L_G and L_Cons by the second and the third of --lambdas, L_D by the second."""
@@ -1638,6 +1700,22 @@ def test_a_split_batch_adds_up():
         L_D = L_D - ours.D_step(*pairs, [x[part] for x in fakes])
     assert terms.abs().max() < 1e-3
     assert L_D.abs() < 1e-3
+
+
+@pytest.mark.parametrize('variant', ['E', 'S2IC'])
+def test_compiled_steps_are_the_steps(variant, monkeypatch):
+    """Each is one graph. The backend is the one that only traces: others take minutes."""
+    traced = partial(nn.Module.compile, backend='eager', fullgraph=True)
+    monkeypatch.setattr(nn.Module, 'compile', lambda step, **more: traced(step, **more))
+    plain = make_trainer('--variant', variant)
+    ours = make_trainer('--variant', variant, '--compile')
+    losses = []
+    for trainer in plain, ours:
+        torch.manual_seed(3)
+        losses.append(trainer.step(*batch()))
+    assert difference(losses[:1], losses[1:]) < 1e-3
+    for name in 'model', 'D', 'G_step', 'D_step':
+        assert list(getattr(ours, name).state_dict()) == list(getattr(plain, name).state_dict())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
@@ -2314,8 +2392,38 @@ def test_presets_say_what_they_change_and_yield_to_flags(capsys):
         assert words in out
     args, = train.parse_args(['--data', 'x y', '--preset', 'small', '--lr', '9'])
     assert (args.lr, args.ema, args.pretrained) == (9, 1500, True)
+    assert args.amp == 'off'
+    assert 'amp' not in out             # which the paper does not speak of
     typed = "python train.py --data 'x y' --preset small --lr 9"
     assert args.made['command'] == typed
+
+
+def test_precision_is_the_presets_or_the_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda _: True)
+    for flags, mode in ([], 'bf16'), (['--preset', 'demo'], 'off'), (['--preset', 'small'], 'off'):
+        args, = train.parse_args(['--data', 'x', *flags])
+        assert train.amp_mode(args, torch.device('cuda')) == mode
+        args, = train.parse_args(['--data', 'x', *flags, '--amp', 'fp16'])
+        assert train.amp_mode(args, torch.device('cuda')) == 'fp16'
+
+
+@pytest.mark.parametrize('batch_size, device, gpus', [
+    (64, None, [0, 1, 2, 3]),
+    (11, 'cuda', [0, 1]),
+    (3, None, [0]),
+    (64, 'cuda:1', []),
+    (64, 'cpu', []),
+])
+def test_each_gpu_has_four_pictures(batch_size, device, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    args = argparse.Namespace(batch_size=batch_size, device=device)
+    assert train.choose_gpus(args) == gpus
+
+
+def test_several_gpus_of_one_process_are_not_compiled_for(monkeypatch, refused):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    flags = ['--compile', '--benchmark', 1, '--batch-size', 8]
+    refused(train, flags, '--compile', '--device cuda:0', 'torchrun')
 
 
 def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, refused):
@@ -2903,7 +3011,7 @@ def test_several_runs_side_by_side(folder, measured, tmp_path, refused, capsys):
     for seed in 1, 2:
         run = folder / f'S2IC-seed-{seed}'
         shutil.copytree(folder / 'S2IC-seed-0', run, copy_function=os.link)
-        change(run / 'config.json', seed=seed, workers=seed, out=str(run))
+        change(run / 'config.json', seed=seed, compile=bool(seed), out=str(run))
     change(folder / 'S2IC-seed-0/config.json', lr=0.1, made=dict(command='train'))
     evaluate.main([str(folder), *flags])
     out, text = capsys.readouterr().out, (folder / 'tables.md').read_text()
@@ -3412,6 +3520,18 @@ def test_grid_shows_the_pictures_in_their_place(tmp_path):
     for i, j in itertools.product((0, 1), (0, 1)):
         middle = 130 + j * 132 + 64, 28 + i * 132 + 64
         assert sheet.getpixel(middle) == (10 * (2 * i + j), 0, 0)
+
+
+@pytest.mark.parametrize('count, shown', [(2, [0, 1]), (36, range(36)), (72, range(0, 72, 2))])
+def test_examples_are_of_each_class_or_of_36_evenly_spaced(two, count, shown):
+    names = [f'class {label}' for label in range(count)]
+    pairs = two.train.subset([i % 19 for i in range(count)])
+    pairs.labels = torch.arange(count)
+    unheard = two.validation.subset([0])            # of class 0 alone
+    clips = generate.example_clips(two._replace(classes=names, train=pairs, validation=unheard))
+    assert [batch[2].item() for _, batch in clips] == list(shown)
+    titles = [f'class {label} (train)' for label in shown]
+    assert [title for title, _ in clips] == ['class 0', *titles[1:]]
 
 
 def test_a_run_is_its_model_or_its_checkpoint_and_the_classifier_they_name(group, tmp_path):

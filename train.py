@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import baselines
 from baselines import BASELINES, EPOCHS, SETTINGS, AudioClassifier
@@ -198,7 +199,8 @@ def kept_beside(dataset, name, make, key, device, **settings):
     dataset's cache: (the network in eval mode, frozen; its accuracy on validation).
     """
     path = dataset.folder / f'{name}.pt'
-    with torch.random.fork_rng(), writing(path):        # the run's random numbers stay its own
+    gpus = [device] if torch.device(device).type == 'cuda' else []
+    with torch.random.fork_rng(gpus), writing(path):    # the run's random numbers stay its own
         torch.manual_seed(KEPT_SEED)
         network = make().to(device)
         accuracy = kept_classifier(dataset, name, network, key)
@@ -223,6 +225,22 @@ def get_audio_classifier(dataset, device='cpu'):
 # --------------------------------------------------------------------- one step of each side (3.4)
 # Modules, so that DataParallel can split them. Autocast is entered inside, as it is a thread's own.
 # Terms are means times the number of pairs, so that those of parts of a batch add up.
+
+def fuse_classifier(model):
+    """The model as the steps use it: the same G1 and G2, but a copy of C whose BatchNorms, in eval
+    mode, are part of the convolutions before them: the same function by fewer operations. Files
+    and metrics are of the C that the model itself holds.
+    """
+    shared = {id(G): G for name, G in model.named_children() if name != 'residue'}
+    model = copy.deepcopy(model, shared)
+    for block in list(model.residue.modules()):
+        layers = list(block.named_children())
+        for (name, layer), (following, norm) in zip(layers, layers[1:]):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(block, name, fuse_conv_bn_eval(layer, norm))
+                setattr(block, following, nn.Identity())
+    return model
+
 
 class GeneratorStep(nn.Module):
     """The G step's forward: a batch -> L_C, L_cGAN and L_L1, (1, 3); I', I'', detached, for D."""
@@ -313,8 +331,12 @@ class Trainer:
             G_step = baselines.GeneratorStep(self.model, self.D, dtype)
             D_step = baselines.DiscriminatorStep(self.model, self.D, dtype)
         else:
-            G_step = GeneratorStep(self.model, self.D, stage_weights, args.saturating, dtype)
+            model = fuse_classifier(self.model)
+            G_step = GeneratorStep(model, self.D, stage_weights, args.saturating, dtype)
             D_step = DiscriminatorStep(self.D, stage_weights, dtype)
+        if args.compile:
+            for step in G_step, D_step:
+                step.compile(dynamic=False)         # an epoch has batches of two sizes at most
         self.set_requires_grad(self.G_optimizer)    # DistributedDataParallel asks what a step moves
         self.G_step = self._parallel(G_step, gpus)
         self.set_requires_grad(self.D_optimizer)
@@ -325,7 +347,10 @@ class Trainer:
     def _parallel(self, step, gpus):
         if world_size() > 1:
             devices = [self.device] if self.device.type == 'cuda' else None
-            return DistributedDataParallel(step, devices, gradient_as_bucket_view=True)
+            # Buffers stay each process's own. Training does not read BatchNorm's, and rank 0 sets
+            # them anew before it alone saves and draws; spectral norms follow the common weights.
+            return DistributedDataParallel(step, devices, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False)
         return nn.DataParallel(step, gpus) if len(gpus) > 1 else step
 
     def set_requires_grad(self, optimizer):
@@ -607,6 +632,14 @@ def load_checkpoint(trainer, path):
 
 # -------------------------------------------------------------------------------------- a whole run
 
+def choose_gpus(args):
+    """The GPUs that share each batch: all, but no more than leave each four pictures of it."""
+    if args.device not in (None, 'cuda'):
+        return []
+    count = min(torch.cuda.device_count(), max(1, args.batch_size // 4))
+    return list(range(count))
+
+
 def amp_mode(args, device):
     """What --amp stands for on this device: bf16 on a GPU that has it, off elsewhere."""
     if args.amp is None and device.type == 'cuda' and torch.cuda.is_bf16_supported(False):
@@ -737,7 +770,7 @@ def _check_same(args, config, run):
     for name, value in vars(args).items():
         if name in ('data', 'cache') and value:
             value = str(Path(value).resolve())
-        if name in ('out', 'resume', 'device', 'workers', 'classifier'):
+        if name in ('out', 'resume', 'device', 'workers', 'compile', 'classifier'):
             continue
         if config.get(name) != value:
             raise InputError(f'{run}: its {name} is {config.get(name)}, not {value}: the same '
@@ -803,7 +836,8 @@ def benchmark(args, device, gpus):
 
 SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4,
              betas=[0.5, 0.999], saturating=False, ema=1500, classifier_epochs=10,
-             lambdas=[0.1, 1.0, 100.0, 1.0, 1.0])
+             lambdas=[0.1, 1.0, 100.0, 1.0, 1.0],
+             amp='off')     # with batches of 8 the GPU waits for Python, and bf16 adds to that
 PRESETS = {     # what each sets otherwise than the paper
     'paper': {},
     'small': dict(SMALL, size=128),
@@ -825,13 +859,16 @@ def make_parser():
     add('--preset', choices=PRESETS, help='paper, small (little data) or demo (small at '
         '64x64); flags override what it sets (default: paper with --data, else demo)')
     add('--workers', type=at_least(int, 1), help='threads that read files (default: one a core)')
-    add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs, else the CPU)')
+    add('--device', help='cpu, cuda, cuda:1, ... (default: all GPUs that get four pictures '
+        'of a batch each, else the CPU)')
     add('--seed', type=at_least(int, 0), nargs='+', default=0, help='of the weights, the order '
         'and dropout; several: a run each, below --out (default: 0)')
     add('--sample-every', type=at_least(int, 1), default=5,
         help='epochs between picture grids, with a checkpoint each (default: 5)')
     add('--amp', choices=('bf16', 'fp16', 'off'), help='precision of the networks; losses and '
-        'residue are float32 (default: bf16 on a GPU, else off)')
+        'residue are float32 (default: bf16 on a GPU, else off; off in small and demo)')
+    add('--compile', action='store_true',
+        help='compile the steps by torch.compile, which takes minutes at the start')
     add('--benchmark', type=at_least(int, 1), help='time N steps on random data, train nothing')
 
     add = parser.add_argument_group('the model').add_argument
@@ -923,7 +960,10 @@ def parse_args(argv=None):
         family = variant if variant in BASELINES else 'CAR-GAN'     # whose variants choose the same
         if chosen and family not in said:
             said.add(family)
-            values = [f'{name} {settings[name]} (paper {defaults[name]})' for name in chosen]
+            values = []
+            for name in chosen:
+                if defaults[name] is not None:      # the paper does not speak of precision
+                    values.append(f'{name} {settings[name]} (paper {defaults[name]})')
             print(f'model {variant}, preset {preset}: {", ".join(values)}')
         for seed in seeds:
             runs.append(argparse.Namespace(**settings | dict(seed=seed, made={'command': command})))
@@ -952,9 +992,10 @@ def main(argv=None):
     args = settings[0]
     with distributed(args):
         device = choose_device(args.device)
-        gpus = []
-        if args.device in (None, 'cuda'):
-            gpus = list(range(torch.cuda.device_count()))
+        gpus = choose_gpus(args)
+        if args.compile and len(gpus) > 1:
+            raise InputError('--compile: not for several GPUs in one process; take one of them by '
+                             '--device cuda:0, or start a process for each by torchrun')
         if args.benchmark:
             return benchmark(args, device, gpus)
         plan = broadcast(plan_runs(settings) if rank() == 0 else None)
