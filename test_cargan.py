@@ -2280,6 +2280,7 @@ def test_one_instrument_is_enough(two_classes, tmp_path, monkeypatch, capsys, re
     generate.main([str(run), str(clip)])
     assert Path(clip.with_suffix('.png').name).exists()
     refused(train, run_flags(data, tmp_path / 'S2IC', '--variant', 'S2IC'), 'S2IC', 'two')
+    assert not (tmp_path / 'S2IC').exists()     # nothing was begun
 
 
 # ------------------------------------------------------------------------------------ several runs
@@ -2463,11 +2464,6 @@ def test_wrong_use_is_one_line(run, two_classes, tmp_path, refused):
     (tmp_path / 'full/mine.txt').write_text('keep me')
     for out in tmp_path / 'full/mine.txt/run', tmp_path / 'full':
         refused(train, run_flags(two_classes, out), out, '--out')
-    one = shutil.copytree(two_classes, tmp_path / 'one')
-    for path in list(one.glob('*/*/viola')):
-        shutil.rmtree(path)
-    refused(train, run_flags(one, tmp_path / 'run'), one, 'one class')
-    assert not (tmp_path / 'run').exists()      # nothing was begun
 
 
 def test_help_teaches(capsys):
@@ -2477,7 +2473,7 @@ def test_help_teaches(capsys):
     assert 'python train.py --data Sub-URMP' in out
     flags = set(re.findall(r'^  (?:-h, )?(--[a-z][a-z-]+)', out, re.M))
     assert {'--data', '--variant', '--help'} < flags
-    assert len(flags) <= 28
+    assert len(flags - {'--help'}) <= 28
 
 
 def test_benchmark(capsys):
