@@ -38,7 +38,7 @@ from train import get_audio_classifier, kept_beside
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
-INDEPENDENT_KEY = 'independent 6'       # raised when that classifier is trained otherwise
+INDEPENDENT_KEY = 'independent 7'       # raised when that classifier is trained otherwise
 SUFFIX = {'inception': '', 'independent': '_independent'}       # of metrics in a network's space
 NEAR_SILENT = -40.0     # dB of Split.loudness: the demo's music is above -15, its rests below -50
 SEEDS_OWN = {'seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'compile', 'made',

@@ -249,7 +249,7 @@ def kept_classifier(dataset, name, network, key):
     return state['accuracy']
 
 
-AUDIO_KEY = 'audio 6'       # raised when S2IC's audio classifier is trained otherwise
+AUDIO_KEY = 'audio 7'       # raised when S2IC's audio classifier is trained otherwise
 
 
 @torch.inference_mode()

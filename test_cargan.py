@@ -1366,6 +1366,9 @@ def test_the_rate_of_a_classifier_falls_to_zero_within_its_steps(two, monkeypatc
     rates.clear()
     train.train_classifier(Linear(), two, epochs=300, steps=7, lr=0.5, batch_size=4)
     assert len(rates) == 10         # whole epochs
+    rates.clear()
+    train.train_classifier(Linear(), two, epochs=300, steps=3, lr=0.6, batch_size=4)
+    assert rates == pytest.approx([0.6, 0.4, 0.2])      # less than an epoch
 
 
 def test_no_batch_of_one_and_no_infinite_loss(two):

@@ -68,16 +68,17 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, steps=No
     The last of those epochs counts that recognise most of the other tenth; the very last one where
     no class has ten pairs.
 
-    steps: a bound on the epochs, for large data. source: which tensor of a batch to classify, 1 the
-    image, 0 the LMS. After epochs the file `part` is written, from which the training goes on.
-    Leaves the classifier at that epoch, in eval mode. Returns dict(classifier=its state, classes=,
-    accuracy=on validation, held_out=on the tenth or None, epoch=). Raises InputError where the loss
-    is not finite.
+    steps: a bound on the epochs and on the steps of one, for large data. source: which tensor of a
+    batch to classify, 1 the image, 0 the LMS. After epochs the file `part` is written, from which
+    the training goes on. Leaves the classifier at that epoch, in eval mode. Returns
+    dict(classifier=its state, classes=, accuracy=on validation, held_out=on the tenth or None,
+    epoch=). Raises InputError where the loss is not finite.
     """
     held_out = hold_out(dataset.train.labels, seed)
     kept, tenth = (dataset.train.subset(indices) for indices in held_out)
     count = kept.count(batch_size, least=2)         # BatchNorm cannot train on one picture
     if steps is not None:
+        count = min(count, steps)
         epochs = min(epochs, ceil(steps / count))
     parallel = nn.DataParallel(classifier, gpus) if len(gpus) > 1 else classifier
     groups = classifier.parameters()
@@ -96,7 +97,7 @@ def train_classifier(classifier, dataset, name='classifier', epochs=20, steps=No
         torch.manual_seed(seed + epoch)             # for dropout, where a classifier has some
         classifier.train()
         batches = kept.batches(batch_size, device, seed + epoch, least=2)
-        for step, batch in enumerate(batches, count * (epoch - 1)):
+        for step, batch in zip(range(count * (epoch - 1), count * epoch), batches):
             for group in optimizer.param_groups:
                 group['lr'] = lr * (1 - step / (epochs * count))
             loss = F.cross_entropy(parallel(batch[source]), batch[2])
