@@ -221,7 +221,7 @@ def paper_figures(shown, folder):
                     name = f'{title} {stage}' if len(stages) > 1 else title
                     row[name] = images[stage]
             grid.append((clip, {**row, 'truth': first['truth']}))
-        draw_grid(grid, Path(folder, f'figure{number}.png'))
+        draw_grid(grid, folder / f'figure{number}.png')
 
 
 # -------------------------------------------------------------------------------------- a recording
@@ -316,8 +316,8 @@ def piece_sound(dataset, split, clips):
     """The sound of a piece from its chunks, each as far as the next one begins, silence where there
     is none: waveform (n,) in [-1, 1], sample rate. Raises InputError for chunks of several rates.
     """
-    pairs = find_pairs(dataset.data)[1]
-    chunks = {(pair.split, pair.name, pair.stem): pair.audio for pair in pairs}
+    _, pairs, _ = find_pairs(dataset.data)
+    chunks = {pair[:3]: pair.audio for pair in pairs}       # by split, class and stem
     part = 'train' if split is dataset.train else 'validation'
     waveform = None
     for milliseconds, index in clips:
@@ -340,7 +340,7 @@ def save_scene(scene, path):
     .gif, which moves in real time; .html, a page that plays its sound; none, a folder with a PNG a
     moment. Returns the number of moments.
     """
-    path, progress = Path(path), Progress()
+    progress = Progress()
     count = 0
 
     def moments():
@@ -422,13 +422,12 @@ def write_scene_page(scene, moments, path):
     moment that is heard. The pictures are written one by one, as there may be many.
     """
     waveform, sample_rate = scene.sound
-    samples = np.round(waveform * 32768).clip(-32768, 32767).astype(np.int16)
+    samples = np.round(waveform * 32768).clip(-32768, 32767)
     wav = BytesIO()
-    wavfile.write(wav, sample_rate, samples)
+    wavfile.write(wav, sample_rate, samples.astype(np.int16))
     columns = ''.join(f'<span>{escape(name)}</span>' for name in scene.columns)
-    head = SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title))
     with written_whole(path) as part, open(part, 'w', encoding='utf-8') as page:
-        page.write(head)
+        page.write(SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title)))
         for seconds, image, l1 in moments:
             file = BytesIO()
             # I'' alone is small enough to be kept exactly; four pictures side by side are not

@@ -6,7 +6,6 @@ import warnings
 from base64 import b64encode
 from html import escape
 from io import BytesIO
-from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -143,28 +142,27 @@ def dataset_text(metrics):
 
 def report_text(run, config, metrics):
     """The metrics of one run as Markdown: summary, a table for each split, mistakes."""
-    variant = config['variant']
-    text = [f'{run}: model {variant}, measured after epoch {metrics.get("epoch")}: '
+    text = [f'{run}: model {config["variant"]}, measured after epoch {metrics.get("epoch")}: '
             f'{dataset_text(metrics)}', summary([metrics])]
     for split in metrics['pictures']:
         columns = kind_columns(metrics, split, GENERATED | CONTROLS)
-        columns[GENERATED['fine']] = [metrics], 'fine', variant
+        columns[GENERATED['fine']] = [metrics], 'fine', config['variant']
         text.append(table(columns, split))
     text.append(NOTES)
     validation = metrics['validation']
     failures = validation.get('failures')
-    if not failures:            # of one class there are none
-        return '\n\n'.join(text)
-    recognised = {name: of_class['accuracy_independent']
-                  for name, of_class in validation['fine']['classes'].items()}
-    worst = sorted(recognised, key=recognised.get)[:3]
-    worst = ', '.join(f'{name} {recognised[name]:.4g}' for name in worst)
-    mistakes = (f'The independent classifier has {metrics["independent_accuracy"]:.4g} on real '
-                f"frames; it mistakes {failures['wrong']} of {failures['clips']} I'' of validation")
-    if 'near_silent' in failures:
-        mistakes += (f'. Near-silent are {failures["near_silent"]}, of which it mistakes '
-                     f'{failures["near_silent_wrong"]}')
-    text += [f'accuracy_independent of the worst classes of validation: {worst}', mistakes]
+    if failures:                # of one class there are none
+        recognised = {name: of_class['accuracy_independent']
+                      for name, of_class in validation['fine']['classes'].items()}
+        worst = sorted(recognised, key=recognised.get)[:3]
+        worst = ', '.join(f'{name} {recognised[name]:.4g}' for name in worst)
+        text.append(f'accuracy_independent of the worst classes of validation: {worst}')
+        text.append(f'The independent classifier has {metrics["independent_accuracy"]:.4g} on real '
+                    f"frames; it mistakes {failures['wrong']} of {failures['clips']} I'' of "
+                    'validation')
+        if 'near_silent' in failures:
+            text[-1] += (f'. Near-silent are {failures["near_silent"]}, of which it mistakes '
+                         f'{failures["near_silent_wrong"]}')
     return '\n\n'.join(text)
 
 
@@ -254,8 +252,8 @@ def paper_tables(columns, folder=None):
             claims(models)]
     text = '\n\n'.join(text)
     if folder:
-        write_text(Path(folder, 'tables.md'), f'{text}\n')
-        write_text(Path(folder, 'tables.json'), json.dumps(columns))
+        write_text(folder / 'tables.md', f'{text}\n')
+        write_text(folder / 'tables.json', json.dumps(columns))
     return text
 
 
@@ -450,7 +448,7 @@ def write_html(path, title, parts, refresh=''):
 def write_folder_page(folder, text):
     """Write report.html of several runs: their tables, and Figures 4 to 6 where they are there."""
     figures = [image_html(folder / f'figure{i}.png', f'As Figure {i} of the paper')
-               for i in (4, 5, 6)]
+               for i in range(4, 7)]
     write_html(folder / 'report.html', f'{folder.resolve().name}: several runs',
                [text_html(text), *figures])
 
