@@ -69,10 +69,10 @@ def make_model(variant, num_classes, size, base, lms_channels, classifier=None, 
     """CARGAN or a baseline; `audio` is S2IC's audio classifier, whose weights a run keeps too."""
     if variant in VARIANTS:
         return CARGAN(num_classes, size, base, variant, lms_channels, classifier, dropout, init_std)
-    network = BASELINES[variant][0]
+    settings = [num_classes, size, base, lms_channels, classifier]
     if variant == 'S2IC':
-        return network(num_classes, size, base, lms_channels, classifier, audio, init_std)
-    return network(num_classes, size, base, lms_channels, classifier, init_std)
+        settings.append(audio)
+    return BASELINES[variant][0](*settings, init_std)
 
 
 def load_generators(model, state, path):
@@ -127,10 +127,9 @@ def draw_grid(rows, path):
     tile = max(128, *[image.width for _, images in rows for image in images.values()])
     step = tile + 4
     head = 28
-    left, heads = 130, 1
     titled = rows[0][0]
-    if not titled:
-        left, heads = 4, len(rows)
+    left = 130 if titled else 4
+    heads = 1 if titled else len(rows)
     size = left + len(rows[0][1]) * step, heads * head + len(rows) * step
     sheet = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(sheet)
@@ -220,7 +219,8 @@ def paper_figures(shown, folder):
                 for stage in stages:
                     name = f'{title} {stage}' if len(stages) > 1 else title
                     row[name] = images[stage]
-            grid.append((clip, {**row, 'truth': first['truth']}))
+            row['truth'] = first['truth']
+            grid.append((clip, row))
         draw_grid(grid, folder / f'figure{number}.png')
 
 
@@ -324,13 +324,14 @@ def piece_sound(dataset, split, clips):
         path = chunks[part, dataset.classes[split.labels[index]], split.stems[index]]
         chunk, rate = read_wav(path)
         if waveform is None:
+            start = milliseconds
             sample_rate = rate
-            seconds = (clips[-1][0] - clips[0][0]) / 1000 + 0.5
+            seconds = (clips[-1][0] - start) / 1000 + 0.5
             waveform = np.zeros(round(seconds * rate), np.float32)
         if rate != sample_rate:
             raise InputError(f'{path}: {rate} Hz, but the piece begins with {sample_rate} Hz; .gif '
                              'or a folder of pictures has no sound')
-        begin = round((milliseconds - clips[0][0]) / 1000 * rate)
+        begin = round((milliseconds - start) / 1000 * rate)
         waveform[begin:begin + len(chunk)] = chunk[:len(waveform) - begin]
     return waveform, sample_rate
 
@@ -474,8 +475,8 @@ def check_out(args):
         endings = '.html', '.gif', '.png'
     out = Path(args.out or name)
     if out.suffix not in ('', *endings):
-        known = ', '.join(endings)
-        raise InputError(f'{out}: ends in {out.suffix}; name a {known} or a folder by --out')
+        raise InputError(f'{out}: ends in {out.suffix}; name a {", ".join(endings)} or a folder by '
+                         '--out')
     if out.exists():
         raise InputError(f'{out}: exists already; name another by --out')
     return out

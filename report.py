@@ -487,8 +487,8 @@ def write_page(run):
     parts += [
         image_html(grid, f"{grid.stem}: LMS, I', I'' and truth of a clip of each class"),
         image_html(run / 'sounds.png', "One class by six sounds: the quietest, then low to high"),
-        scrolling(curves)]
-    parts.append('<details><summary>Samples over time</summary><div class="row">')
+        scrolling(curves),
+        '<details><summary>Samples over time</summary><div class="row">']
     parts += [image_html(path, path.stem, 400) for path in shown]
     parts += [
         '</div></details>',
