@@ -11,6 +11,9 @@ loss S2IC uses, [choice] ours; docs/baselines.md lists them all. Both models are
 is, and generate(lms) is the image alone. Neither sees the label, which serves S2IC's audio
 classifier and the wrong pairs. Conventions are cargan.py's.
 """
+from functools import partial
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,7 +47,7 @@ def encoder(channels, size, base):
     """
     width = widths(size, base)[:-2]                                  # at S/2, S/4, ..., 4
     layers = [nn.Conv2d(channels, base, 4, 2, 1), nn.LeakyReLU(0.2)]
-    for before, after in zip(width, width[1:]):
+    for before, after in pairwise(width):
         layers += [
             nn.Conv2d(before, after, 4, 2, 1, bias=False),
             nn.BatchNorm2d(after),
@@ -151,7 +154,7 @@ class AudioClassifier(nn.Module):
         super().__init__()
         width = [lms_channels, 4, 8, 16, 16]
         layers = []
-        for before, after in zip(width, width[1:]):
+        for before, after in pairwise(width):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
         hidden = [nn.Linear(16 * (size // 16) ** 2, 1024), nn.ReLU(), nn.Dropout(0.3)]
@@ -171,9 +174,9 @@ class AudioClassifier(nn.Module):
 
     def parameter_groups(self):
         """For an optimiser: L2 on the three linear layers alone [paper], of 1e-4 [choice]."""
-        convolutions = list(self.convolutions.parameters())
         linear = [*self.hidden.parameters(), *self.output.parameters()]
-        return [dict(params=convolutions), dict(params=linear, weight_decay=1e-4)]
+        return [dict(params=list(self.convolutions.parameters())),
+                dict(params=linear, weight_decay=1e-4)]
 
 
 def phi():
@@ -195,12 +198,9 @@ class S2IC(Baseline):
         self.phi = phi()
         self.G = Decoder(PHI, 3, size, base, vector=True)
         init_weights(self, init_std)
-        if audio is None:
-            audio = AudioClassifier(num_classes, size, lms_channels)
-        if classifier is None:
-            classifier = Classifier(num_classes, pretrained=False)
+        audio = audio or AudioClassifier(num_classes, size, lms_channels)
         self.audio = audio.requires_grad_(False).eval()
-        self.residue = ResidueModule(classifier)
+        self.residue = ResidueModule(classifier or Classifier(num_classes, pretrained=False))
 
     def train(self, mode=True):
         super().train(mode)
@@ -256,9 +256,7 @@ class CMCGAN(Baseline):
         self.D_A = Decoder(width, lms_channels, size, base)
         self.D_V = Decoder(width, 3, size, base)
         init_weights(self, init_std)
-        if classifier is None:
-            classifier = Classifier(num_classes, pretrained=False)
-        self.residue = ResidueModule(classifier)
+        self.residue = ResidueModule(classifier or Classifier(num_classes, pretrained=False))
 
     def generate(self, lms):
         """F_Image: LMS (B, C_a, S, S) -> images (B, 3, S, S)."""
@@ -331,21 +329,20 @@ class GeneratorStep(nn.Module):
         super().__init__()
         self.model = model
         self.D = D
-        self.dtype = dtype
+        self.autocast = partial(torch.autocast, dtype=dtype, enabled=dtype != torch.float32)
 
-    def forward(self, lms, image, label):   # autocast: DataParallel's threads do not inherit it
-        with torch.autocast(lms.device.type, self.dtype, enabled=self.dtype != torch.float32):
+    def forward(self, lms, image, label):
+        with self.autocast(lms.device.type):    # DataParallel's threads do not inherit it
             L_G, L_Cons, fakes = self.model.generator_terms(self.D, lms, image)
         terms = torch.stack([torch.zeros_like(L_G), L_G, L_Cons])
-        fakes = tuple(fake.detach() for fake in fakes)
-        return terms[None] * len(label), fakes
+        return terms[None] * len(label), tuple(fake.detach() for fake in fakes)
 
 
 class DiscriminatorStep(GeneratorStep):
     """A batch and the G step's fakes -> L_D (1,), times the batch's size."""
 
     def forward(self, lms, image, label, fakes):
-        with torch.autocast(lms.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast(lms.device.type):
             loss = self.model.discriminator_term(self.D, lms, image, fakes, *mismatch(label))
         return loss[None] * len(label)
 

@@ -25,11 +25,13 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.io import wavfile
 
 from baselines import BASELINES, AudioClassifier
-from cargan import CARGAN, VARIANTS, Classifier
+from cargan import CARGAN, VARIANTS
 from demo import demo_data
 from preprocess import find_pairs, open_dataset, read_wav, recording_lms
 from runs import (InputError, Progress, choose_device, default_cache, digest, load_config,
                   load_file, load_state, at_least, reason, run_command, written_whole)
+
+METHODS = (*BASELINES, 'E')     # of Table 2 and Figure 6
 
 
 # ----------------------------------------------------------------------------------- a run, loaded
@@ -49,11 +51,11 @@ def load_run(run, device='cpu'):
                       steps=int)
     source = Path(run, state['classifier'])
     try:
-        classifier = Classifier(len(config['classes']), pretrained=False)
         model = make_model(config['variant'], len(config['classes']), config['size'],
-                           config['base'], config['lms_channels'], classifier)
+                           config['base'], config['lms_channels'])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
+    classifier = model.residue.classifier
     load_state(classifier, load_file(source, classifier=dict)['classifier'], source)
     if digest(classifier) != state['classifier_digest']:
         raise InputError(f'{source}: not the classifier that {path} was trained with; put that one '
@@ -68,10 +70,10 @@ def make_model(variant, num_classes, size, base, lms_channels, classifier=None, 
     """CARGAN or a baseline; `audio` is S2IC's audio classifier, whose weights a run keeps too."""
     if variant in VARIANTS:
         return CARGAN(num_classes, size, base, variant, lms_channels, classifier, dropout, init_std)
-    network = BASELINES[variant][0]
+    settings = [num_classes, size, base, lms_channels, classifier]
     if variant == 'S2IC':
-        return network(num_classes, size, base, lms_channels, classifier, audio, init_std)
-    return network(num_classes, size, base, lms_channels, classifier, init_std)
+        settings.append(audio)
+    return BASELINES[variant][0](*settings, init_std)
 
 
 def load_generators(model, state, path):
@@ -83,10 +85,10 @@ def open_run_data(config, data=None, cache=None):
     """The dataset that a run was trained on, or `data` with the same classes. Raises InputError."""
     cache = cache or config['cache']
     data = data or config['data']
-    if data and not Path(data).is_dir():
-        raise InputError(f'{data}: the data of this run is not there; say where by --data DIR')
     if not data:
         data = demo_data(config['size'], cache)
+    elif not Path(data).is_dir():
+        raise InputError(f'{data}: the data of this run is not there; say where by --data DIR')
     dataset = open_dataset(data, config['size'], cache)
     if (dataset.classes, dataset.lms_channels) != (config['classes'], config['lms_channels']):
         raise InputError(f'{data}: its classes or its kind of LMS are not those the run was '
@@ -103,8 +105,8 @@ def as_saved(image):
 
 def picture(image):
     """An image (3, S, S) in [-1, 1] as a PIL picture."""
-    pixels = ((as_saved(image).cpu() + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    pixels = ((as_saved(image) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def lms_picture(lms):
@@ -116,34 +118,34 @@ def lms_picture(lms):
     level = (lms[0].flip(0).cpu().numpy() + 1) / 2
     stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
     pixels = [np.interp(level, np.linspace(0, 1, 5), channel) for channel in stops.T]
-    return Image.fromarray(np.stack(pixels, axis=2).round().astype(np.uint8))
+    return Image.fromarray(np.dstack(pixels).round().astype(np.uint8))
 
 
 def draw_grid(rows, path):
     """Draw rows [(title, {column: picture})] as one PNG, in tiles of 128 pixels or more. The
     columns' names stand above the first row; above each, where rows have no title.
     """
-    tile = max([128] + [image.width for _, images in rows for image in images.values()])
-    step, head, left, gap = tile + 4, 28, 130, 8
-    titled = bool(rows[0][0])
-    heads = 1
-    if not titled:
-        left, heads = 4, len(rows)
+    tile = max(128, *[image.width for _, images in rows for image in images.values()])
+    step = tile + 4
+    head = 28
+    titled = rows[0][0]
+    left = 130 if titled else 4
+    heads = 1 if titled else len(rows)
     size = left + len(rows[0][1]) * step, heads * head + len(rows) * step
     sheet = Image.new('RGB', size, 'white')
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=15), 0
-    for i, (title, images) in enumerate(rows):
-        named = i == 0 or not titled
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(size=15)
+    top = 0
+    for title, images in rows:
+        named = top == 0 or not titled
         if named:
             top += head
-        draw.multiline_text((left - gap, top + tile / 2), title.replace('_', ' '), 'black', font,
-                            anchor='rm', align='right')
-        for x, (column, image) in enumerate(images.items()):
+        draw.text((left - 8, top + tile / 2), title.replace('_', ' '), 'black', anchor='rm',
+                  align='right')
+        for x, (column, image) in zip(range(left, sheet.width, step), images.items()):
             if named:
-                draw.text((left + x * step + tile / 2, top - head / 2), column, 'black', font,
-                          anchor='mm')
-            tiled = image.resize((tile, tile), Image.Resampling.BICUBIC)
-            sheet.paste(tiled, (left + x * step, top))
+                draw.text((x + tile / 2, top - head / 2), column, 'black', anchor='mm')
+            sheet.paste(image.resize((tile, tile)), (x, top))       # bicubic
         top += step
     with written_whole(path) as part:
         sheet.save(part, 'PNG')
@@ -214,21 +216,22 @@ def paper_figures(shown, folder):
     figure6.png (S2IC, CMCGAN and E), each where there are such runs; `shown`: {title: (model,
     example_pictures())}.
     """
-    methods = (*BASELINES, 'E')
     for number, models, stages in ((4, VARIANTS, ["I''"]), (5, VARIANTS, ["I'", "I''"]),
-                                   (6, methods, ["I''"])):
+                                   (6, METHODS, ["I''"])):
         chosen = {title: rows for title, (model, rows) in shown.items() if model in models}
         if not chosen:
             continue
         grid = []
-        for i, (clip, images) in enumerate(next(iter(chosen.values()))):
-            row = {'LMS': images['LMS']}
-            for title, rows in chosen.items():
+        for of_clip in zip(*chosen.values()):           # (clip, its pictures) by each model
+            clip, first = of_clip[0]
+            row = {'LMS': first['LMS']}
+            for title, (_, images) in zip(chosen, of_clip):
                 for stage in stages:
                     name = f'{title} {stage}' if len(stages) > 1 else title
-                    row[name] = rows[i][1][stage]
-            grid.append((clip, {**row, 'truth': images['truth']}))
-        draw_grid(grid, Path(folder, f'figure{number}.png'))
+                    row[name] = images[stage]
+            row['truth'] = first['truth']
+            grid.append((clip, row))
+        draw_grid(grid, folder / f'figure{number}.png')
 
 
 # -------------------------------------------------------------------------------------- a recording
@@ -245,7 +248,7 @@ def kept_classifier(dataset, name, network, key):
     if state['key'] != f'{key} {dataset.fingerprint}':
         return None
     load_state(network, state['classifier'], path)
-    network.eval().requires_grad_(False)
+    network.eval()
     return state['accuracy']
 
 
@@ -316,39 +319,30 @@ def generate_piece(model, split, clips, device='cpu'):
         for i, (milliseconds, _) in enumerate(some):
             tiles = [lms_picture(lms[i]), picture(coarse[i]), picture(fine[i]), picture(image[i])]
             seconds = (milliseconds - clips[0][0]) / 1000
-            yield Moment(seconds, side_by_side(tiles), distances[i])
-
-
-def side_by_side(tiles):
-    """Square pictures of one size as one."""
-    side = tiles[0].width
-    strip = Image.new('RGB', (side * len(tiles), side))
-    for i, tile in enumerate(tiles):
-        strip.paste(tile, (i * side, 0))
-    return strip
+            yield Moment(seconds, Image.fromarray(np.hstack(tiles)), distances[i])
 
 
 def piece_sound(dataset, split, clips):
     """The sound of a piece from its chunks, each as far as the next one begins, silence where there
     is none: waveform (n,) in [-1, 1], sample rate. Raises InputError for chunks of several rates.
     """
-    pairs = find_pairs(dataset.data)[1]
-    chunks = {(pair.split, pair.name, pair.stem): pair.audio for pair in pairs}
+    _, pairs, _ = find_pairs(dataset.data)
+    chunks = {pair[:3]: pair.audio for pair in pairs}       # by split, class and stem
     part = 'train' if split is dataset.train else 'validation'
     waveform = None
     for milliseconds, index in clips:
         path = chunks[part, dataset.classes[split.labels[index]], split.stems[index]]
         chunk, rate = read_wav(path)
         if waveform is None:
+            start = milliseconds
             sample_rate = rate
-            seconds = (clips[-1][0] - clips[0][0]) / 1000 + 0.5
+            seconds = (clips[-1][0] - start) / 1000 + 0.5
             waveform = np.zeros(round(seconds * rate), np.float32)
         if rate != sample_rate:
             raise InputError(f'{path}: {rate} Hz, but the piece begins with {sample_rate} Hz; .gif '
                              'or a folder of pictures has no sound')
-        begin = round((milliseconds - clips[0][0]) / 1000 * rate)
-        room = len(waveform) - begin
-        waveform[begin:begin + len(chunk)] = chunk[:room]
+        begin = round((milliseconds - start) / 1000 * rate)
+        waveform[begin:begin + len(chunk)] = chunk[:len(waveform) - begin]
     return waveform, sample_rate
 
 
@@ -357,14 +351,13 @@ def save_scene(scene, path):
     .gif, which moves in real time; .html, a page that plays its sound; none, a folder with a PNG a
     moment. Returns the number of moments.
     """
-    path, progress = Path(path), Progress()
+    progress = Progress()
     count = 0
 
     def moments():
         nonlocal count
-        for moment in scene.moments:
+        for count, moment in enumerate(scene.moments, 1):
             yield moment
-            count += 1
             progress(f'{path}: {moment.seconds:.1f} of {scene.end:.1f} s')
 
     if path.suffix == '.html':
@@ -375,7 +368,7 @@ def save_scene(scene, path):
     elif path.suffix == '.gif':
         seconds, pictures, _ = zip(*moments())
         times = [10 * round(100 * time) for time in (*seconds, scene.end)]      # ms, in 1/100 s
-        durations = [max(until - start, 10) for start, until in zip(times, times[1:])]
+        durations = np.diff(times).clip(10).tolist()
         with written_whole(path) as part:
             pictures[0].save(part, 'GIF', save_all=True, append_images=pictures[1:], loop=0,
                              duration=durations)
@@ -440,22 +433,20 @@ def write_scene_page(scene, moments, path):
     moment that is heard. The pictures are written one by one, as there may be many.
     """
     waveform, sample_rate = scene.sound
-    samples = np.round(waveform * 32768).clip(-32768, 32767).astype(np.int16)
+    samples = np.round(waveform * 32768).clip(-32768, 32767)
     wav = BytesIO()
-    wavfile.write(wav, sample_rate, samples)
+    wavfile.write(wav, sample_rate, samples.astype(np.int16))
     columns = ''.join(f'<span>{escape(name)}</span>' for name in scene.columns)
-    head = SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title))
     with written_whole(path) as part, open(part, 'w', encoding='utf-8') as page:
-        page.write(head)
+        page.write(SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title)))
         for seconds, image, l1 in moments:
             file = BytesIO()
             # I'' alone is small enough to be kept exactly; four pictures side by side are not
             image.save(file, 'WEBP', lossless=l1 is None, quality=85)
             row = seconds, b64encode(file.getvalue()).decode(), l1
             page.write(f'{json.dumps(row)},\n')
-        page.write(f']\nconst end = {scene.end}\n')
-        page.write(f'const sound = "{b64encode(wav.getvalue()).decode()}"\n')
-        page.write(SCENE_TAIL)
+        sound = b64encode(wav.getvalue()).decode()
+        page.write(f']\nconst end = {scene.end}\nconst sound = "{sound}"\n{SCENE_TAIL}')
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -465,12 +456,13 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('run', help='a folder that train.py made')
-    add('recording', nargs='?', help='a .wav file')
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('recording', nargs='?', help='a .wav file')
+    source.add_argument('--piece', help="instead of a recording a piece of the run's data, by the "
+                        'beginning of its stems <piece>_<milliseconds>')
     add('--label', help="what plays in it (default: what S2IC's audio classifier hears)")
     add('--hop', type=at_least(float, 0.02, below=601), default=0.5,
         help='seconds from one picture to the next (default: 0.5)')
-    add('--piece', help="instead of a recording a piece of the run's data, by the beginning of its "
-        'stems <piece>_<milliseconds>')
     add('--split', choices=('validation', 'train'), default='validation',
         help='where the piece is (default: validation)')
     add('--out', help='a new .html, .gif, .png or folder (default: clip.png of clip.wav, PIECE.html'
@@ -486,14 +478,15 @@ def check_out(args):
     its ending is none of those that can be written.
     """
     if args.piece:
-        out = Path(args.out or f'{args.piece}.html')
-        endings = '.html', '.gif', ''
+        name = f'{args.piece}.html'
+        endings = '.html', '.gif'
     else:
-        out = Path(args.out or Path(args.recording).with_suffix('.png').name)
-        endings = '.html', '.gif', '.png', ''
-    if out.suffix not in endings:
-        known = ', '.join(endings[:-1])
-        raise InputError(f'{out}: ends in {out.suffix}; name a {known} or a folder by --out')
+        name = Path(args.recording).with_suffix('.png').name
+        endings = '.html', '.gif', '.png'
+    out = Path(args.out or name)
+    if out.suffix not in ('', *endings):
+        raise InputError(f'{out}: ends in {out.suffix}; name a {", ".join(endings)} or a folder by '
+                         '--out')
     if out.exists():
         raise InputError(f'{out}: exists already; name another by --out')
     return out
@@ -518,13 +511,13 @@ def choose_label(args, config, sound, device):
 def recording_scene(args, config, model, about, device):
     """I'' for a recording. Raises InputError where it cannot be read, or nobody knows what plays.
     """
-    waveform, sample_rate = read_wav(args.recording)
-    label = choose_label(args, config, (waveform, sample_rate), device)
-    moments = generate_recording(model, config['classes'], waveform, sample_rate, label,
-                                 config['size'], device, args.hop)
+    sound = read_wav(args.recording)
+    label = choose_label(args, config, sound, device)
+    moments = generate_recording(model, config['classes'], *sound, label, config['size'], device,
+                                 args.hop)
     title = f'{Path(args.recording).name}: {label}, every {args.hop:g} s, by {about}'
-    end = len(waveform) / sample_rate
-    return Scene(moments, end, title, ["I''"], (waveform, sample_rate))
+    waveform, sample_rate = sound
+    return Scene(moments, len(waveform) / sample_rate, title, ["I''"], sound)
 
 
 def piece_scene(args, config, model, about, device):
@@ -547,16 +540,12 @@ def piece_scene(args, config, model, about, device):
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if (args.recording is None) == (args.piece is None):
-        parser.error('name a recording, or a piece by --piece')
-    config = load_config(args.run)
+    args = make_parser().parse_args(argv)
     out, device = check_out(args), choose_device(args.device)
+    config, model, trained = load_run(args.run, device)
     if config['lms_channels'] != 1 and (args.recording or out.suffix == '.html'):
         raise InputError(f'{args.run}: was trained on LMS drawn as pictures, so there is no sound '
                          'to hear; --piece writes a .gif or a folder')
-    _, model, trained = load_run(args.run, device)
     about = f'model {config["variant"]} of {args.run}, epoch {trained["epoch"]}'
     if args.piece:
         scene = piece_scene(args, config, model, about, device)

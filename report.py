@@ -1,10 +1,11 @@
 """What people read: the tables of a run and of several, the paper's claims, loss curves, pages."""
 import json
 import os
+import re
+import warnings
 from base64 import b64encode
 from html import escape
 from io import BytesIO
-from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import uniform_filter1d
 
 from cargan import VARIANTS
+from generate import METHODS
 from runs import InputError, load_config, rank, world_size, write_text, written_whole
 
 METRICS_VERSION = 1     # of metrics.json, raised when it holds other things than before
@@ -33,9 +35,8 @@ PAPER = {       # of I'' by each model, and of the real frames; Table 1 does not
     ('train', 'accuracy'): {'S2IC': 0.8737, 'CMCGAN': 0.9105, 'E': 0.9954},
     ('validation', 'accuracy'): {'S2IC': 0.7556, 'CMCGAN': 0.7661, 'E': 0.9033, 'real': 0.9956}}
 GAINS = {       # by how many per cent E is better than each model, says the text
-    'B': {'fid': 27.51, 'is': 22.39}, 'C': {'fid': 36.66, 'is': 103.01},
-    'D': {'fid': 21.67, 'is': 13.01}}
-METHODS = ('S2IC', 'CMCGAN', 'E')               # Table 2
+    ('B', 'fid'): 27.51, ('C', 'fid'): 36.66, ('D', 'fid'): 21.67,
+    ('B', 'is'): 22.39, ('C', 'is'): 103.01, ('D', 'is'): 13.01}
 NOTES = (
     "match: how often a picture is nearer to its own frame than to that of another clip of its "
     'class. Real frames: fid and kid are to the other split. Random frame: a train frame of the '
@@ -51,43 +52,41 @@ LOSSES = ('L_C', 'L_cGAN', 'L_L1', 'L_D')       # Eq. (2), G's side of Eq. (5), 
 def markdown(rows):
     """Rows of cells, the header first, as a Markdown table that reads well as it is, too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append(f'| {" | ".join(cells)} |')
-    lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
+    lines = [f'| {" | ".join(map(str.ljust, row, widths))} |' for row in rows]
+    lines.insert(1, re.sub('[^|]', '-', lines[0]))
     return '\n'.join(lines)
 
 
-def values(runs, split, kind, metric):
+def values(runs, metric, kind='fine', split='validation'):
     """A metric of each of several runs; [] unless all have it."""
     numbers = [run[split].get(kind, {}).get(metric) for run in runs]
     return [] if None in numbers else numbers
 
 
-def cell(runs, split, kind, metric):
+def cell(runs, metric, kind='fine', split='validation'):
     """A metric as text: the mean over the runs +- its deviation; '-' where it was not computed."""
-    numbers = values(runs, split, kind, metric)
+    numbers = values(runs, metric, kind, split)
     if not numbers:
         return '-'
-    spread = stdev(numbers) if len(numbers) > 1 else 0
     text = f'{mean(numbers):.4g}'
-    return f'{text} +- {spread:.3g}' if spread else text
+    if len(set(numbers)) > 1:
+        text += f' +- {stdev(numbers):.3g}'
+    return text
 
 
 def metric_rows(columns, split, metrics, ending=''):
     """A row for each metric that any column has; below it the paper's, of the same models."""
     rows = []
     for metric in metrics:
-        cells = [cell(runs, split, kind, metric) for runs, kind, _ in columns.values()]
-        if set(cells) == {'-'}:
-            continue
         published = PAPER.get((split, metric), {})
+        cells = []
         paper = []
-        for (_, _, model), text in zip(columns.values(), cells):
-            compares = model in published and text != '-'
+        for runs, kind, model in columns.values():
+            cells.append(cell(runs, metric, kind, split))
+            compares = model in published and cells[-1] != '-'
             paper.append(f'{published[model]:.4g}' if compares else '')
-        rows.append([f'{metric}{ending}', *cells])
+        if set(cells) != {'-'}:
+            rows.append([f'{metric}{ending}', *cells])
         if any(paper):
             rows.append([f'{metric}{ending}, paper', *paper])
     return rows
@@ -110,8 +109,8 @@ def read_metrics(folder):
     """What evaluate.py wrote into a folder; {} where it did not, or by other code than this."""
     try:
         metrics = json.loads((folder / 'metrics.json').read_text('utf-8'))
-        return metrics if metrics['version'] == METRICS_VERSION else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        return metrics if metrics.get('version') == METRICS_VERSION else {}
+    except (OSError, ValueError):
         return {}
 
 
@@ -123,19 +122,16 @@ def kind_columns(metrics, split, kinds):
 
 def summary(runs):
     """Does a model hear, is it recognised, how far is it from the truth: I'' of validation."""
-    def number(kind, metric):
-        return cell(runs, 'validation', kind, metric)
-
-    text = []
-    if values(runs, 'validation', 'fine', 'match'):
-        text.append(f'Does it hear? match {number("fine", "match")}; the nearest sound '
-                    f'{number("nearest_sound", "match")}, without hearing 0.5.')
-    if values(runs, 'validation', 'fine', 'accuracy_independent'):
-        seen = number('fine', 'accuracy_independent')
-        text.append(f'Is it recognised? accuracy_independent {seen}.')
-    text.append(f'How far from the truth? l1 {number("fine", "l1")}; the mean frame '
-                f'{number("mean_frame", "l1")}.')
-    return ' '.join(text)
+    text = ''
+    match = cell(runs, 'match')
+    if match != '-':
+        text += (f'Does it hear? match {match}; the nearest sound '
+                 f'{cell(runs, "match", "nearest_sound")}, without hearing 0.5. ')
+    seen = cell(runs, 'accuracy_independent')
+    if seen != '-':
+        text += f'Is it recognised? accuracy_independent {seen}. '
+    return (f'{text}How far from the truth? l1 {cell(runs, "l1")}; the mean frame '
+            f'{cell(runs, "l1", "mean_frame")}.')
 
 
 def dataset_text(metrics):
@@ -146,27 +142,27 @@ def dataset_text(metrics):
 
 def report_text(run, config, metrics):
     """The metrics of one run as Markdown: summary, a table for each split, mistakes."""
-    variant = config['variant']
-    tables = []
+    text = [f'{run}: model {config["variant"]}, measured after epoch {metrics.get("epoch")}: '
+            f'{dataset_text(metrics)}', summary([metrics])]
     for split in metrics['pictures']:
         columns = kind_columns(metrics, split, GENERATED | CONTROLS)
-        columns[GENERATED['fine']] = [metrics], 'fine', variant
-        tables.append(table(columns, split))
-    text = [f'{run}: model {variant}, measured after epoch {metrics.get("epoch")}: '
-            f'{dataset_text(metrics)}', summary([metrics]), *tables, NOTES]
-    if 'failures' not in metrics['validation']:     # of one class there are none
-        return '\n\n'.join(text)
-    recognised = {name: of_class['accuracy_independent']
-                  for name, of_class in metrics['validation']['fine']['classes'].items()}
-    worst = sorted(recognised, key=recognised.get)[:3]
-    worst = ', '.join(f'{name} {recognised[name]:.4g}' for name in worst)
-    failures = metrics['validation']['failures']
-    mistakes = (f'The independent classifier has {metrics["independent_accuracy"]:.4g} on real '
-                f"frames; it mistakes {failures['wrong']} of {failures['clips']} I'' of validation")
-    if 'near_silent' in failures:
-        mistakes += (f'. Near-silent are {failures["near_silent"]}, of which it mistakes '
-                     f'{failures["near_silent_wrong"]}')
-    text += [f'accuracy_independent of the worst classes of validation: {worst}', mistakes]
+        columns[GENERATED['fine']] = [metrics], 'fine', config['variant']
+        text.append(table(columns, split))
+    text.append(NOTES)
+    validation = metrics['validation']
+    failures = validation.get('failures')
+    if failures:                # of one class there are none
+        recognised = {name: of_class['accuracy_independent']
+                      for name, of_class in validation['fine']['classes'].items()}
+        worst = sorted(recognised, key=recognised.get)[:3]
+        worst = ', '.join(f'{name} {recognised[name]:.4g}' for name in worst)
+        text.append(f'accuracy_independent of the worst classes of validation: {worst}')
+        text.append(f'The independent classifier has {metrics["independent_accuracy"]:.4g} on real '
+                    f"frames; it mistakes {failures['wrong']} of {failures['clips']} I'' of "
+                    'validation')
+        if 'near_silent' in failures:
+            text[-1] += (f'. Near-silent are {failures["near_silent"]}, of which it mistakes '
+                         f'{failures["near_silent_wrong"]}')
     return '\n\n'.join(text)
 
 
@@ -174,25 +170,25 @@ def verdict(ours, theirs, better):
     """Whether our sample of a metric is better than theirs (1: more is, -1: less) by Welch's t-test
     at 5 %: 'confirmed', 'reversed', or else 'undecided'.
     """
-    from scipy.stats import ttest_ind_from_stats        # slow to import, for tables alone
-    if min(len(ours), len(theirs)) < 2:
+    from scipy.stats import ttest_ind           # slow to import, for tables alone
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')         # of a single seed, of constants
+        t, p = ttest_ind(ours, theirs, equal_var=False)
+    if not p < 0.05:                            # of a single seed it is nan
         return 'undecided'
-    ours, theirs = [(mean(sample), stdev(sample), len(sample)) for sample in (ours, theirs)]
-    p = ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue
-    if not p < 0.05:                    # of equal constants it is nan
-        return 'undecided'
-    return 'confirmed' if better * (ours[0] - theirs[0]) > 0 else 'reversed'
+    return 'confirmed' if better * t > 0 else 'reversed'
 
 
-def comparison(ours, theirs, metric, gain):
-    """Whether our runs are ahead of theirs by a metric, in words; '' where it was not computed."""
-    shown = [cell(runs, 'validation', 'fine', metric) for runs in (ours, theirs)]
+def comparison(models, model, metric):
+    """Whether E is ahead of a model by a metric, in words; '' where it was not computed."""
+    shown = [cell(models[name], metric) for name in ('E', model)]
     if '-' in shown:
         return ''
-    ours, theirs = [values(runs, 'validation', 'fine', metric) for runs in (ours, theirs)]
+    ours, theirs = values(models['E'], metric), values(models[model], metric)
     better = METRICS[metric]
     text = f'{verdict(ours, theirs, better)} by {metric} ({" against ".join(shown)}'
-    if gain is not None:
+    gain = GAINS.get((model, metric))
+    if gain:
         percent = 100 * better * (mean(ours) / mean(theirs) - 1) + 0.0          # no -0
         text += f': {percent:.4g} % better, in the paper {gain} %'
     return f'{text})'
@@ -201,12 +197,11 @@ def comparison(ours, theirs, metric, gain):
 def claims(models):
     """A line on whether E is ahead of each other model, from {model: the metrics of each seed}."""
     lines = []
-    for model, runs in models.items():
+    for model in models:
         if model == 'E':
             continue
         metrics = ABLATION if model in VARIANTS else COMPARISON
-        gains = GAINS.get(model, {})
-        compared = [comparison(models['E'], runs, metric, gains.get(metric)) for metric in metrics]
+        compared = [comparison(models, model, metric) for metric in metrics]
         lines.append(f'- E is ahead of {model}, {VARIANTS.get(model, "a baseline")}: '
                      f'{", ".join(filter(None, compared))}.')
     return '\n'.join(lines)
@@ -226,16 +221,17 @@ def paper_tables(columns, folder=None):
     metrics = models[first][0]
     seeds = [f'{title} {len(runs)}' for title, (_, runs) in columns.items()]
     table1 = {title: (runs, 'fine', model) for title, (model, runs) in columns.items()}
-    table2 = {title: column for title, column in table1.items() if column[2] in METHODS}
     others = {}
     if 'E' in models:
         others['E, another sound'] = models['E'], 'other_sound', None
         others['E, wrong label'] = models['E'], 'wrong_label', None
     others |= kind_columns(metrics, 'validation', CONTROLS)
-    rows = [['', *table2, *others]]
+    table2 = {title: column for title, column in table1.items() if column[2] in METHODS}
+    table2 |= others
+    rows = [['', *table2]]
     for metric in (*COMPARISON, 'match'):
         for split in metrics['pictures']:
-            rows += metric_rows(table2 | others, split, [metric], f', {split}')
+            rows += metric_rows(table2, split, [metric], f', {split}')
     text = [
         f'# {dataset_text(metrics)}',
         f'Model {first}. {summary(models[first])}',
@@ -245,7 +241,7 @@ def paper_tables(columns, folder=None):
         'S2IC and CMCGAN are not given the label and do not train against C; E has both. The paper '
         'quotes their accuracies from their own papers, each by another classifier.']
     if 'E' in models:
-        given = cell(models['E'], 'validation', 'wrong_label', 'accuracy_given')
+        given = cell(models['E'], 'accuracy_given', 'wrong_label')
         if given != '-':
             text.append('Wrong label: given the label of another class, compared with the one that '
                         f'sounds. Of these {given} are recognised as the label given.')
@@ -255,9 +251,9 @@ def paper_tables(columns, folder=None):
             'ablation, one table in five has a false one.',
             claims(models)]
     text = '\n\n'.join(text)
-    if folder is not None:
-        write_text(Path(folder, 'tables.md'), f'{text}\n')
-        write_text(Path(folder, 'tables.json'), json.dumps(columns))
+    if folder:
+        write_text(folder / 'tables.md', f'{text}\n')
+        write_text(folder / 'tables.json', json.dumps(columns))
     return text
 
 
@@ -294,25 +290,26 @@ class Log:
         """
         if not self.rows:
             return
-        losses = torch.stack([row[2] for row in self.rows])     # (steps, 4); here the device waits
+        steps, epochs, losses, stems = zip(*self.rows)
+        self.rows = []
+        losses = torch.stack(losses)            # (steps, 4); here the device waits
         if world_size() > 1:
             torch.distributed.all_reduce(losses)
             losses /= world_size()
-        rows = self.rows
-        self.rows = []
         if rank() == 0:
             with open(self.path, 'a') as file:
-                for (step, epoch, _, _), numbers in zip(rows, losses.tolist()):
+                for step, epoch, numbers in zip(steps, epochs, losses.tolist()):
                     text = ','.join(f'{number:.6g}' for number in numbers)
                     file.write(f'{step},{epoch},{text}\n')
         wrong = (~losses.isfinite()).nonzero().tolist()
         if wrong:
             row, column = wrong[0]
-            step, epoch, _, stems = rows[row]
-            what = f'{LOSSES[column]} is {losses[row, column]} at step {step}, epoch {epoch}'
+            what = (f'{LOSSES[column]} is {losses[row, column]} at step {steps[row]}, epoch '
+                    f'{epochs[row]}')
             path = self.path.with_name('bad-batch.txt')
             if rank() == 0:
-                path.write_bytes(os.fsencode('\n'.join([f'{what}; its pairs:', *stems(), ''])))
+                lines = f'{what}; its pairs:', *stems[row](), ''
+                path.write_bytes(os.fsencode('\n'.join(lines)))
             raise InputError(f'{what}: its pairs are in {path}; {way_back(path.parent)}')
 
 
@@ -330,7 +327,7 @@ def read_log(path):
     rows = log_rows(path)
     rows = np.loadtxt(rows, delimiter=',', ndmin=2) if rows else np.empty((0, 6))
     rows = rows[np.isfinite(rows).all(axis=1)]
-    last_step = dict(zip(rows[:, 1], rows[:, 0]))           # of each epoch
+    last_step = dict(rows[:, [1, 0]])       # of each epoch
     epochs = np.interp(rows[:, 0], [0, *last_step.values()], [0, *last_step])
     return epochs, rows[:, 2:]
 
@@ -357,13 +354,14 @@ def draw_curve(name, epochs, losses):
 
     plot = Image.new('RGB', (720, 340), 'white')
     draw = ImageDraw.Draw(plot)
-    style = dict(fill='black', font=ImageFont.load_default(size=24))
-    draw.text((100, 4), f'{name} over the epochs', **style)
+    draw.font = ImageFont.load_default(size=24)
+    draw.text((100, 4), f'{name} over the epochs', 'black')
     for tick in ticks(low, high):
-        draw.line([(100, down(tick)), (700, down(tick))], '#dddddd')
-        draw.text((88, down(tick)), f'{tick:g}', anchor='rm', **style)
+        y = down(tick)
+        draw.line([(100, y), (700, y)], '#dddddd')
+        draw.text((88, y), f'{tick:g}', 'black', anchor='rm')
     for tick in ticks(0, epochs[-1]):
-        draw.text((across(tick), 324), f'{tick:g}', anchor='ms', **style)
+        draw.text((across(tick), 324), f'{tick:g}', 'black', anchor='ms')
     every = 1 + len(losses) // 1000         # a point a pixel
     for colour, line in (('#a9c4e4', losses), ('#1f5fa8', smooth)):
         draw.line(list(zip(across(epochs[::every]), down(line[::every]))), colour, 3)
@@ -421,12 +419,6 @@ def scrolling(html):
     return f'<div class="scroll" tabindex="0">{html}</div>'
 
 
-def row_html(line, tag):
-    """A line of a Markdown table as a row of HTML's."""
-    cells = line[1:-1].replace('|', f'</{tag}><{tag}>')
-    return f'<tr><{tag}>{cells}</{tag}></tr>'
-
-
 def text_html(text):
     """Text of paragraphs, Markdown's headings and tables among them, as HTML."""
     parts = []
@@ -434,8 +426,12 @@ def text_html(text):
         if part.startswith('#'):
             parts.append(f'<h2>{part.lstrip("# ")}</h2>')
         elif part.startswith('|'):
-            head, _, *body = part.splitlines()
-            rows = [row_html(head, 'th'), *[row_html(line, 'td') for line in body]]
+            rows = []
+            for line in part.splitlines():
+                cells = line[1:-1].replace('|', '</td><td>')
+                rows.append(f'<tr><td>{cells}</td></tr>')
+            rows[0] = rows[0].replace('td>', 'th>')
+            del rows[1]                             # the dashes
             parts.append(scrolling(f'<table>{"".join(rows)}</table>'))
         else:
             parts.append(f'<p>{part}</p>')
@@ -452,7 +448,7 @@ def write_html(path, title, parts, refresh=''):
 def write_folder_page(folder, text):
     """Write report.html of several runs: their tables, and Figures 4 to 6 where they are there."""
     figures = [image_html(folder / f'figure{i}.png', f'As Figure {i} of the paper')
-               for i in (4, 5, 6)]
+               for i in range(4, 7)]
     write_html(folder / 'report.html', f'{folder.resolve().name}: several runs',
                [text_html(text), *figures])
 
@@ -491,8 +487,8 @@ def write_page(run):
     parts += [
         image_html(grid, f"{grid.stem}: LMS, I', I'' and truth of a clip of each class"),
         image_html(run / 'sounds.png', "One class by six sounds: the quietest, then low to high"),
-        scrolling(curves)]
-    parts.append('<details><summary>Samples over time</summary><div class="row">')
+        scrolling(curves),
+        '<details><summary>Samples over time</summary><div class="row">']
     parts += [image_html(path, path.stem, 400) for path in shown]
     parts += [
         '</div></details>',
