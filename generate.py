@@ -351,6 +351,7 @@ def save_scene(scene, path):
     .gif, which moves in real time; .html, a page that plays its sound; none, a folder with a PNG a
     moment. Returns the number of moments.
     """
+    path = Path(path)
     progress = Progress()
     count = 0
 

@@ -109,8 +109,8 @@ def read_metrics(folder):
     """What evaluate.py wrote into a folder; {} where it did not, or by other code than this."""
     try:
         metrics = json.loads((folder / 'metrics.json').read_text('utf-8'))
-        return metrics if metrics.get('version') == METRICS_VERSION else {}
-    except (OSError, ValueError):
+        return metrics if metrics['version'] == METRICS_VERSION else {}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 

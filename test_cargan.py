@@ -3323,7 +3323,8 @@ def finished(tmp_path):
         classes=['viola'], lms_channels=1,
         preset='small', epochs=20, made=made)))
     metrics, = seeds(1, accuracy=0.5, accuracy_independent=0.25, l1=0.125, match=0.875)
-    metrics |= dict(data=f'/data/{NASTY}', independent_accuracy=0.75, versions=dict(torch='2.x'))
+    metrics |= dict(data=f'/data/{NASTY}', independent_accuracy=0.75, versions=dict(torch='2.x'),
+                    version=report.METRICS_VERSION)
     recognised = {'horn': 0.9, 'sax': 0.5, NASTY: 0.1, 'tuba': 0.7}
     metrics['validation']['fine']['classes'] = {
         name: dict(accuracy_independent=accuracy) for name, accuracy in recognised.items()}
