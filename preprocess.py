@@ -428,17 +428,15 @@ class Split:
         (tensor_split). Where there is nothing for it, it takes the first pair, to be weighed with
         0: all processes take part in every step.
         """
-        mine = []
-        for batch in self.indices(batch_size, seed, start, least):
-            mine.append(batch.tensor_split(parts)[part] if part < len(batch) else batch[:1])
-        coming = None
+        waiting = []
         with ThreadPoolExecutor(1) as reader:
-            for indices in [*mine, None]:
-                ready = coming
-                if indices is not None:                 # read while the one before is in use
-                    coming = reader.submit(self.batch, indices, device)
-                if ready:
-                    yield ready.result()
+            for batch in self.indices(batch_size, seed, start, least):
+                mine = batch.tensor_split(parts)[part] if part < len(batch) else batch[:1]
+                waiting.append(reader.submit(self.batch, mine, device))
+                if len(waiting) > 1:        # the next is read while this one is in use
+                    yield waiting.pop(0).result()
+            for last in waiting:
+                yield last.result()
 
     def loudness(self):
         """How loud each clip is (n,): the mean power of its bands in dB; of RGB LMS the mean
@@ -455,10 +453,8 @@ class Split:
         return self._of_each(lambda lms: lms.mean(2).flatten(1))
 
     def _of_each(self, measure):
-        parts = []
-        for rows in np.split(self.rows, range(64, len(self), 64)):
-            parts.append(measure(torch.from_numpy(self.lms[rows]).float()))
-        return torch.cat(parts)
+        windows = np.split(self.rows, range(64, len(self), 64))
+        return torch.cat([measure(torch.from_numpy(self.lms[rows]).float()) for rows in windows])
 
 
 def network_lms(lms, size):
@@ -480,10 +476,8 @@ def recording_lms(waveform, sample_rate, size, hop=0.5, batch_size=64):
     length = ceil(sample_rate / 2)
     count = max(1, ceil((len(waveform) - 0.5) / sample_rate / hop))     # each begins before the end
     for batch in torch.arange(count).split(batch_size):
-        lms = []
-        for i in batch.tolist():
-            start = round(i * hop * sample_rate)
-            lms.append(log_mel_spectrogram(waveform[start:start + length], sample_rate))
+        starts = [round(i * hop * sample_rate) for i in batch.tolist()]
+        lms = [log_mel_spectrogram(waveform[start:start + length], sample_rate) for start in starts]
         yield network_lms(torch.from_numpy(np.stack(lms)), size)
 
 
