@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
