@@ -11,8 +11,8 @@ import argparse
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -302,10 +302,10 @@ def demo_melody(register, rng, end):
     return notes
 
 
-def one_period(instrument, frequency, loud):
+def one_period(instrument, frequency, rolloff):
     """A period of the tone, (4096,), peak 1: its partials below 18 kHz, so that none aliases."""
     order = np.arange(1, min(int(18_000 / frequency), 100) + 1)
-    level = -instrument.rolloff[loud] * np.log2(order) - instrument.even * (order % 2 == 0)
+    level = -rolloff * np.log2(order) - instrument.even * (order % 2 == 0)
     for centre, gain in instrument.formants:
         level += gain * np.exp(-(2 * np.log2(order * frequency / centre)) ** 2)
     spectrum = np.zeros(2049, complex)
@@ -321,8 +321,8 @@ def demo_tone(instrument, note, time, noise):
     vibrato = instrument.vibrato / 1200 * np.sin(2 * np.pi * 5.5 * time)
     phase = np.cumsum(frequency * 2 ** vibrato) / DEMO_RATE
     period = np.arange(4096) / 4096
-    soft = np.interp(phase, period, one_period(instrument, frequency, False), period=1)
-    loud = np.interp(phase, period, one_period(instrument, frequency, True), period=1)
+    soft, loud = [np.interp(phase, period, one_period(instrument, frequency, rolloff), period=1)
+                  for rolloff in instrument.rolloff]
     bright = envelope * note.loudness                     # a louder tone is a brighter tone
     tone = (1 - bright) * soft + bright * loud + noise
     return .07 * (.8 / .07) ** note.loudness * envelope * tone
@@ -362,7 +362,7 @@ def demo_player(rng):
     return Player(*(colours[rng.integers(4)] for colours in (SKIN, HAIR, SHIRT)))
 
 
-@lru_cache
+@cache
 def empty_stage(size):
     """A blue curtain with folds and a wooden floor, darker at the edges: (size, size, 3) floats."""
     y, x = np.mgrid[:size, :size][..., None] / size
@@ -398,8 +398,8 @@ def draw_stroke(draw, colour, points):
             cut = np.stack([.75 * a + .25 * b, .25 * a + .75 * b], 1).reshape(-1, 3)
             points = np.concatenate([points[:1], cut, points[-1:]])
     outline = tuple(int(.45 * c) for c in colour)
+    centre = points[:, :2] * canvas
     for fill, margin in ((outline, .009), (colour, 0)):
-        centre = points[:, :2] * canvas
         half = (points[:, 2:] / 2 + margin) * canvas
         if len(points) == 1:
             draw.ellipse([*(centre - half)[0], *(centre + half)[0]], fill)
@@ -408,16 +408,16 @@ def draw_stroke(draw, colour, points):
         normal = np.stack([dy, -dx], 1) / np.hypot(dx, dy)[:, None]
         left = centre + normal * half
         right = centre - normal * half
-        pieces = np.stack([left[:-1], left[1:], right[1:], right[:-1]], 1)
-        for corners in pieces.reshape(-1, 8).tolist():        # one by one, as a coil overlaps
+        pieces = np.hstack([left[:-1], left[1:], right[1:], right[:-1]])
+        for corners in pieces.tolist():                       # one by one, as a coil overlaps
             draw.polygon(corners, fill)
 
 
 def bent_arm(shoulder, hand, side):
     """The stroke of an arm on `side` (-1 or 1), its elbow down and outwards."""
-    reach = np.hypot(*(hand - shoulder))
-    bend = np.sqrt(max((.15 / reach) ** 2 - .25, 0))
-    across = (hand - shoulder)[::-1] * (-1, 1) * bend
+    arm = hand - shoulder
+    bend = np.sqrt(max((.15 / np.hypot(*arm)) ** 2 - .25, 0))
+    across = arm[::-1] * (-1, 1) * bend
     if across @ (.6 * side, 1) <= 0:
         across = -across
     elbow = (shoulder + hand) / 2 + across
@@ -429,48 +429,41 @@ def demo_picture(instrument, player, note, size):
     factor = max(2, -(-256 // size))              # drawn larger, then averaged: anti-aliasing
     light = np.interp(note.loudness, (0, 1), LIGHT)
     stage = (light * empty_stage(size * factor)).clip(0, 255)
-    image = Image.fromarray(stage.astype(np.uint8))
-    stroke = partial(draw_stroke, ImageDraw.Draw(image))
-    height = .5
-    if note is not REST:
-        height = np.interp(note.pitch, instrument.register, (0, 1))
+    height = .5 if note is REST else np.interp(note.pitch, instrument.register, (0, 1))
     x = .5 + instrument.offset + STEP * (2 * height - 1)
-    neck, legs = .31, STANDING
-    if instrument.seated:
-        neck, legs = .39, SITTING
-    body = [
-        *legs,
-        (player.shirt, '0 -.02 .06, 0 0 .20, 0 .08 .22, 0 .31 .17'),
-        (player.hair, '0 -.113 .155'),
-        (player.skin, '0 -.083 .125'),
-        (BLACK, '-.024 -.09 .006'),
-        (BLACK, '.024 -.09 .006'),
-    ]
-    for colour, points in place_shapes(body, (x, neck, 0)):
-        stroke(colour, points)
+    neck, legs = (.39, SITTING) if instrument.seated else (.31, STANDING)
 
     # Loudness turns the instrument and draws the bow, pitch moves the fingers.
     dx, dy, angle = instrument.rest if note is REST else instrument.play
     pose = x + dx, neck - .05 + dy, angle + instrument.lift * note.loudness, instrument.scale
     fingers = np.array([1 - height, height]) @ instrument.fingers
     hands = place([fingers, instrument.hold], *pose)
-    strokes = place_shapes(instrument.shapes, pose) + place_shapes(instrument.slide, pose, fingers)
+    held = place_shapes(instrument.shapes, pose) + place_shapes(instrument.slide, pose, fingers)
     if instrument.bow is not None:
         bow = *hands[1], instrument.bow
         if note is REST:
             bow = x - .17, neck + .22, -75                    # hanging down at the side
         grip = .05 + .22 * note.loudness
         hands[1], tip = place([(grip, 0), (grip - .40, 0)], *bow)
-        strokes.append((IVORY, [(*hands[1], .016), (*tip, .016)]))
-
+        held.append((IVORY, [(*hands[1], .016), (*tip, .016)]))
     hands = hands[hands[:, 0].argsort()]                      # from left to right: uncrossed arms
+
+    strokes = place_shapes([
+        *legs,
+        (player.shirt, '0 -.02 .06, 0 0 .20, 0 .08 .22, 0 .31 .17'),
+        (player.hair, '0 -.113 .155'),
+        (player.skin, '0 -.083 .125'),
+        (BLACK, '-.024 -.09 .006'),
+        (BLACK, '.024 -.09 .006'),
+    ], (x, neck, 0))
     for side, hand in zip((-1, 1), hands):
         shoulder = np.array([x + side * .095, neck + .045])
-        stroke(player.shirt, bent_arm(shoulder, hand, side))
+        strokes.append((player.shirt, bent_arm(shoulder, hand, side)))
+    strokes += held + [(player.skin, [(*hand, .05)]) for hand in hands]
+    image = Image.fromarray(stage.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     for colour, points in strokes:
-        stroke(colour, points)
-    for hand in hands:
-        stroke(player.skin, [(*hand, .05)])
+        draw_stroke(draw, colour, points)
     return image.reduce(factor)
 
 
@@ -499,17 +492,18 @@ def write_demo(directory, train=100, validation=16, size=256, seed=0):
     <instrument><piece>_<milliseconds>. The same arguments, the same bytes.
     """
     counts = {'train': train, 'validation': validation}
-    plan = [(split, name) for split in counts for name in DEMO_INSTRUMENTS]
     total = (train + validation) * len(DEMO_INSTRUMENTS)
-    progress, done = Progress(), 0
-    for split, name in plan:
+    progress = Progress()
+    done = 0
+    for split, name in product(counts, DEMO_INSTRUMENTS):
         sounds = Path(directory, 'chunk', split, name)
         pictures = Path(directory, 'img', split, name)
-        for folder in (sounds, pictures):
-            folder.mkdir(parents=True, exist_ok=True)
+        sounds.mkdir(parents=True, exist_ok=True)
+        pictures.mkdir(parents=True, exist_ok=True)
         for i in range(counts[split]):
-            bar, piece = divmod(i, len(PIECES[split]))
-            moment, piece = bar * BAR + START, PIECES[split][piece]
+            bar, nth = divmod(i, len(PIECES[split]))
+            piece = PIECES[split][nth]
+            moment = bar * BAR + START
             waveform, picture = demo_pair(name, split, piece, moment, seed, size)
             stem = f'{name}{piece:02d}_{round(1000 * moment)}'
             samples = np.round(32767 * waveform).astype(np.int16)

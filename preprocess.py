@@ -19,24 +19,26 @@ import os
 import re
 import shutil
 import struct
-import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from math import ceil, gcd
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from scipy import fft, sparse
 from scipy.io import wavfile
 
-from runs import (InputError, Progress, default_cache, at_least, one_line, power_of_two, reason,
+from runs import (InputError, Progress, at_least, blame, default_cache, note, power_of_two,
                   run_command, writing, written_whole)
 
 SAMPLE_RATE = 22050         # Hz, after resampling
@@ -53,11 +55,12 @@ warnings.filterwarnings('ignore', module='PIL')     # on Exif and the like, whic
 
 def _read_file(path):
     """All bytes of a file. Raises ValueError where it is none (a pipe would be waited for)."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError('no such file')
-    if os.path.getsize(path) > FILE_LIMIT:
+    if path.stat().st_size > FILE_LIMIT:
         raise ValueError(f'more than {FILE_LIMIT >> 20} MiB')
-    return Path(path).read_bytes()
+    return path.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- sound
@@ -70,28 +73,25 @@ def read_wav(path):
     Hz). Channels and bits say what a frame is, and the sound ends with the last whole one. Raises
     InputError, naming the file, where it is broken, empty, not finite or over 128 MiB.
     """
-    try:
+    remedy = f'; give an uncompressed one of at most {FILE_LIMIT >> 20} MiB'
+    with blame(path, 'not a readable WAV file', remedy):
         samples, sample_rate = _parse_wav(_read_file(path))
         if not np.isfinite(samples).all():
             raise ValueError('samples that are not finite numbers')
-    except (OSError, ValueError) as error:
-        raise InputError(f'{path}: not a readable WAV file ({reason(error)}); '
-                         f'give an uncompressed one of at most {FILE_LIMIT >> 20} MiB') from error
+    full_scale = 2 ** (8 * samples.itemsize - 1)
     if samples.dtype.kind == 'f':
-        return samples.clip(-1, 1).mean(axis=1, dtype=np.float32), sample_rate
-    waveform = samples.mean(axis=1, dtype=np.float32)
-    waveform /= 2 ** (8 * samples.itemsize - 1)     # in place, as it may be large
-    return waveform, sample_rate
+        samples, full_scale = samples.clip(-1, 1), 1
+    return samples.mean(axis=1, dtype=np.float32) / full_scale, sample_rate
 
 
 def _parse_wav(content):
     """The samples (n, channels), signed integers or floats, and their rate."""
     form, data = _wav_chunks(content)
-    code, channels, sample_rate, _, _, bits, subformat = struct.unpack('<HHIIHH8xH14x', form)
+    code, channels, sample_rate, bits, subformat = struct.unpack_from('<HHI6xH8xH', form)
     if code == 0xFFFE:                              # WAVE_FORMAT_EXTENSIBLE
         code = subformat
     width = ceil(bits / 8)                          # bytes of a sample
-    if code == 1 and width in (1, 2, 3, 4, 8):
+    if code == 1:
         kind = 'i'
     elif code == 3 and width in (4, 8):
         kind = 'f'
@@ -111,13 +111,12 @@ def _parse_wav(content):
 
 
 def _wav_chunks(content):
-    """The format, filled up to 40 bytes, and what is there of the sound."""
+    """The format, filled up to the longest, and what is there of the sound."""
     if content[:4] not in (b'RIFF', b'RF64') or content[8:12] != b'WAVE':
         raise ValueError('it does not begin as RIFF WAVE')
     chunks = {b'fmt ': b''}
-    name = None
     start = 12
-    while name != b'data':
+    while b'data' not in chunks:
         if start + 8 > len(content):
             raise ValueError('no sound in it')
         name, size = struct.unpack_from('<4sI', content, start)
@@ -129,7 +128,7 @@ def _wav_chunks(content):
         data = data[:int.from_bytes(chunks[b'ds64'][8:16], 'little')]
     elif size == 0 and content[4:8] != struct.pack('<I', len(content) - 8):
         data = content[start:]                      # nobody filled in the lengths at the end
-    return chunks[b'fmt '][:40].ljust(40, b'\0'), data
+    return chunks[b'fmt '].ljust(40, b'\0'), data
 
 
 def mel_filterbank(sample_rate=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=0.0, fmax=None):
@@ -171,7 +170,7 @@ def log_mel_spectrogram(waveform, sample_rate):
     return (10 * np.log10(np.maximum(FILTERS @ power.T, 1e-10))).astype(np.float32)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _low_pass(sample_rate):
     """The filter that resample_poly would design at each call."""
     from scipy.signal import firwin
@@ -186,7 +185,7 @@ def read_image(path, size):
     white. A JPEG much larger than `size` is decoded at a reduced scale. Raises InputError, naming
     the file, where it cannot be read or is larger than 8K or 128 MiB.
     """
-    try:
+    with blame(path, 'not a readable JPEG or PNG image', '; give an intact one of at most 8K'):
         content = _read_file(path)
         plugin = JpegImageFile if content.startswith(b'\xff\xd8') else PngImageFile
         image = plugin(io.BytesIO(content))         # Image.open() would keep the reason to itself
@@ -195,11 +194,9 @@ def read_image(path, size):
         image.draft('RGB', (2 * size, 2 * size))    # a JPEG: the smallest scale of at least this
         pixels = _opaque(image).resize((size, size), Image.Resampling.BICUBIC)
         pixels.info.clear()
-        pixels.getexif()[ExifTags.Base.Orientation] = _orientation(image)
+        with suppress(Exception):                   # an Exif that says nothing, or is broken
+            pixels.getexif()[Base.Orientation] = image.getexif()[Base.Orientation]
         return np.asarray(ImageOps.exif_transpose(pixels))
-    except Exception as error:      # Pillow raises many kinds
-        raise InputError(f'{path}: not a readable JPEG or PNG image ({reason(error)}); '
-                         'give an intact one of at most 8K') from error
 
 
 def _opaque(image):
@@ -212,14 +209,7 @@ def _opaque(image):
     return image.convert('RGB')
 
 
-def _orientation(image):
-    """As Exif has it, 1 to 8; upright where its Exif cannot be read."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:       # Pillow raises many kinds
-        return 1
-
-
+PICTURES = '.jpg', '.jpeg', '.png'
 Pair = namedtuple('Pair', 'split name stem audio image')      # the name is that of the class
 
 
@@ -232,9 +222,9 @@ def find_pairs(data):
     pairs = []
     problems = []
     for split, folders in ('train', ['train']), ('validation', ['validation', 'test']):
-        sounds = _files(data, ['chunk', 'spectram'], folders, ['.wav', '.png'])
-        frames = _files(data, ['img', 'img_256'], folders, ['.jpg', '.jpeg', '.png'])
-        for key in sorted(sounds.keys() | frames.keys()):
+        sounds = _files(data, ('chunk', 'spectram'), folders, ('.wav', '.png'))
+        frames = _files(data, ('img', 'img_256'), folders, PICTURES)
+        for key in sorted(sounds | frames):
             classes.add(key[0])
             if key not in frames:
                 problems.append(f'{sounds[key]}: no frame of this class and stem')
@@ -288,41 +278,33 @@ def open_dataset(data, size=256, cache=None, workers=None):
     place = hashlib.sha256(os.fsencode(data)).hexdigest()[:8]
     folder = Path(cache or default_cache()) / f'{data.name}-{size}-{place}'
     meta = _read_meta(folder, fingerprint)
-    if meta is None:
-        with writing(folder):
-            meta = _read_meta(folder, fingerprint)      # packed by another while we waited?
-            if meta is None:
-                meta = _build_cache(folder, fingerprint, pairs, drawn, size, workers)
-    problems += meta['problems']
-    for problem in problems:
-        print(one_line(f'left out: {problem}'), file=sys.stderr)
-    packed = [pairs[i] for i in meta['packed']]
-    parts = []
-    for split in 'train', 'validation':
-        rows = [row for row, pair in enumerate(packed) if pair.split == split]
-        names = [packed[row].name for row in rows]
-        _check_classes(data, split, classes, names)
-        labels = [classes.index(name) for name in names]
-        parts.append((rows, labels, [packed[row].stem for row in rows]))
-    frames = np.memmap(folder / 'frames', np.uint8, 'r', shape=(len(packed), size, size, 3))
+    if not meta:
+        with writing(folder):           # another may pack it while we wait
+            meta = (_read_meta(folder, fingerprint)
+                    or _build_cache(folder, fingerprint, pairs, drawn, size, workers))
+    for problem in problems + meta['problems']:
+        note(f'left out: {problem}')
+    packed = [pairs[i] for i in meta['packed']]         # those of train first
+    border = sum(pair.split == 'train' for pair in packed)
+    for split, some in ('train', packed[:border]), ('validation', packed[border:]):
+        missing = ', '.join(sorted(set(classes) - {pair.name for pair in some}))
+        if not some or (missing and split == 'train'):
+            raise InputError(f'{data}: no good pair in {split} of class {missing}; '
+                             'add some, or remove the class folder')
+        if missing:
+            note(f'note: no pair in validation of class {missing}: trained, but not validated')
+    frames, lms = [np.memmap(folder / name, np.uint8, 'r') for name in ('frames', 'lms')]
+    frames = frames.reshape(-1, size, size, 3)
     if drawn:
-        lms = np.memmap(folder / 'lms', np.uint8, 'r', shape=frames.shape)
+        lms = lms.reshape(frames.shape)
     else:
-        shape = len(packed), N_MELS, CLIP // HOP + 1
-        lms = np.memmap(folder / 'lms', np.float16, 'r', shape=shape)
-    train, validation = [Split(lms, frames, *part, size) for part in parts]
+        lms = lms.view(np.float16).reshape(-1, N_MELS, CLIP // HOP + 1)
+    labels = torch.tensor([classes.index(pair.name) for pair in packed])
+    stems = [pair.stem for pair in packed]
+    whole = Split(lms, frames, np.arange(len(packed)), labels, stems, size)
+    train = whole.subset(range(border))
+    validation = whole.subset(range(border, len(packed)))
     return Dataset(data, classes, 3 if drawn else 1, train, validation, folder, fingerprint)
-
-
-def _check_classes(data, split, classes, names):
-    """Every class must have a pair to train on; not all need one in validation."""
-    missing = ', '.join(sorted(set(classes) - set(names)))
-    if not names or (missing and split == 'train'):
-        raise InputError(f'{data}: no good pair in {split} of class {missing}; '
-                         'add some, or remove the class folder')
-    if missing:
-        print(f'note: no pair in validation of class {missing}: trained, but not validated',
-              file=sys.stderr)
 
 
 def _fingerprint(size, classes, pairs, problems):
@@ -339,12 +321,10 @@ def _fingerprint(size, classes, pairs, problems):
 
 def _read_meta(folder, fingerprint):
     """What a whole cache of these files says of itself; None where there is none."""
-    try:
+    with suppress(Exception):           # a file may hold anything
         meta = json.loads((folder / 'meta.json').read_text())
-        whole = meta['bytes'] == _lengths(folder)
-        return meta if whole and meta['fingerprint'] == fingerprint else None
-    except Exception:                   # a file may hold anything
-        return None
+        if (meta['fingerprint'], meta['bytes']) == (fingerprint, _lengths(folder)):
+            return meta
 
 
 def _lengths(folder):
@@ -362,7 +342,7 @@ def _build_cache(folder, fingerprint, pairs, drawn, size, workers):
                 lms = read_image(pair.audio, size)
             else:
                 lms = log_mel_spectrogram(*read_wav(pair.audio)).astype(np.float16)
-            return lms.tobytes(), read_image(pair.image, size).tobytes()
+            return lms, read_image(pair.image, size)
         except InputError as error:
             return error
 
@@ -388,19 +368,18 @@ def _build_cache(folder, fingerprint, pairs, drawn, size, workers):
 
 # ------------------------------------------------------------------------------------------ loader
 
+@dataclass(eq=False)
 class Split:
     """One split of a packed dataset, or some of its pairs. Batches are (lms, image, label),
     converted on the device: lms (B, C_a, S, S) and image (B, 3, S, S) float32 in [-1, 1], label
     (B,) int64.
     """
-
-    def __init__(self, lms, frames, rows, labels, stems, size):
-        self.lms = lms                              # lms and frames are those of the whole cache
-        self.frames = frames
-        self.rows = np.array(rows, int)
-        self.labels = torch.as_tensor(labels)
-        self.stems = stems
-        self.size = size
+    lms: np.ndarray         # lms and frames are those of the whole cache
+    frames: np.ndarray
+    rows: np.ndarray
+    labels: torch.Tensor
+    stems: list
+    size: int
 
     def __len__(self):
         return len(self.rows)
@@ -414,24 +393,11 @@ class Split:
 
     def batch(self, indices, device='cpu'):
         """The pairs of these indices (a sequence of int) as one batch."""
-        return self._convert(self._read(torch.as_tensor(indices), device), device)
-
-    def _read(self, indices, device):
-        """The packed pairs of these indices: [lms, frames, labels]; for a GPU in memory that it
-        can fetch by itself.
-        """
+        indices = torch.as_tensor(indices)
         rows = self.rows[indices.numpy()]
-        lms = torch.from_numpy(self.lms[rows])
-        frames = torch.from_numpy(self.frames[rows])
-        packed = [lms, frames, self.labels[indices]]
-        if torch.device(device).type == 'cuda':
-            return [part.pin_memory() for part in packed]
-        return packed
-
-    def _convert(self, packed, device):
-        # towards other devices than CUDA a copy that is not waited for may be read too early
-        lms, frames, labels = [part.to(device, non_blocking=part.is_pinned()) for part in packed]
-        return network_lms(lms, self.size), network_lms(frames, self.size), labels
+        lms, image = [network_lms(torch.from_numpy(packed[rows]).to(device), self.size)
+                      for packed in (self.lms, self.frames)]
+        return lms, image, self.labels[indices].to(device)
 
     def order(self, seed=None):
         """The indices of all pairs (n,): as they lie, or shuffled by this seed alone."""
@@ -461,17 +427,15 @@ class Split:
         (tensor_split). Where there is nothing for it, it takes the first pair, to be weighed with
         0: all processes take part in every step.
         """
-        mine = []
-        for batch in self.indices(batch_size, seed, start, least):
-            mine.append(batch.tensor_split(parts)[part] if part < len(batch) else batch[:1])
-        coming = None
+        waiting = []
         with ThreadPoolExecutor(1) as reader:
-            for indices in [*mine, None]:
-                packed = coming and coming.result()
-                if indices is not None:                     # read while the one before is in use
-                    coming = reader.submit(self._read, indices, device)
-                if packed:
-                    yield self._convert(packed, device)     # in this thread: it has threads itself
+            for batch in self.indices(batch_size, seed, start, least):
+                mine = batch.tensor_split(parts)[part] if part < len(batch) else batch[:1]
+                waiting.append(reader.submit(self.batch, mine, device))
+                if len(waiting) > 1:        # the next is read while this one is in use
+                    yield waiting.pop(0).result()
+            for last in waiting:
+                yield last.result()
 
     def loudness(self):
         """How loud each clip is (n,): the mean power of its bands in dB; of RGB LMS the mean
@@ -488,10 +452,8 @@ class Split:
         return self._of_each(lambda lms: lms.mean(2).flatten(1))
 
     def _of_each(self, measure):
-        parts = []
-        for rows in np.split(self.rows, range(64, len(self), 64)):
-            parts.append(measure(torch.from_numpy(self.lms[rows]).float()))
-        return torch.cat(parts)
+        windows = np.split(self.rows, range(64, len(self), 64))
+        return torch.cat([measure(torch.from_numpy(self.lms[rows]).float()) for rows in windows])
 
 
 def network_lms(lms, size):
@@ -513,10 +475,8 @@ def recording_lms(waveform, sample_rate, size, hop=0.5, batch_size=64):
     length = ceil(sample_rate / 2)
     count = max(1, ceil((len(waveform) - 0.5) / sample_rate / hop))     # each begins before the end
     for batch in torch.arange(count).split(batch_size):
-        lms = []
-        for i in batch.tolist():
-            start = round(i * hop * sample_rate)
-            lms.append(log_mel_spectrogram(waveform[start:start + length], sample_rate))
+        starts = [round(i * hop * sample_rate) for i in batch.tolist()]
+        lms = [log_mel_spectrogram(waveform[start:start + length], sample_rate) for start in starts]
         yield network_lms(torch.from_numpy(np.stack(lms)), size)
 
 
@@ -531,7 +491,7 @@ def numbered_frames(folder):
     """
     frames = {}
     for path in sorted(Path(folder).glob('[!.]*')):
-        if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
+        if path.suffix.lower() not in PICTURES:
             continue
         numbers = re.findall('[0-9]+', path.stem)
         if not numbers:
@@ -557,30 +517,34 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
         if not name or Path(name).name != name:
             raise InputError(f'{name!r}: is no name for a file, as a class or a piece wants')
     waveform, sample_rate = read_wav(recording)
-    frames, length = numbered_frames(folder), len(waveform) / sample_rate
+    frames = numbered_frames(folder)
     lasts = (frames[-1][0] + 1) / fps
+    length = len(waveform) / sample_rate
     if abs(lasts - length) > 0.5:
         raise InputError(f'{folder}: its frames last {lasts:.1f} s at {fps:g} a second, '
                          f'{recording} {length:.1f} s; give the true --fps, or cut both alike')
-    plan, half = [], ceil(sample_rate / 2)
+    half = ceil(sample_rate / 2)
     border = round((1 - VALIDATION_SHARE) * len(waveform))
+    plan = {}
     for k, path in frames:
         start = round((k / fps + shift) * sample_rate)
-        if start < 0 or start + half > len(waveform):
+        if 0 <= start <= border - half:
+            split = 'train'
+        elif border <= start <= len(waveform) - half:
+            split = 'validation'
+        else:
             continue
-        split = 'train' if start + half <= border else 'validation'
-        if split == 'train' or start >= border:
-            plan.append((split, f'{label}{piece}_{round(1000 * k / fps)}', start, path))
-    stems = {stem for _, stem, _, _ in plan}
-    for split in 'train', 'validation':
+        plan[f'{label}{piece}_{round(1000 * k / fps)}'] = split, start, path
+    counts = dict(train=0, validation=0)
+    for split in counts:
         for part in 'chunk', 'img':
             folder = Path(out, part, split, label)
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
-                if path.stem in stems:
+                if path.stem in plan:
                     raise InputError(f'{path}: is there already; name another --piece')
-    counts, progress = dict(train=0, validation=0), Progress()
-    for split, stem, start, path in plan:
+    progress = Progress()
+    for stem, (split, start, path) in plan.items():
         chunk = np.round(waveform[start:start + half] * 32768).clip(-32768, 32767)
         shutil.copyfile(path, Path(out, 'img', split, label, stem + path.suffix.lower()))
         wavfile.write(Path(out, 'chunk', split, label, f'{stem}.wav'), sample_rate,

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,21 +41,34 @@ def one_line(text):
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def note(text):
+    """Print a line on stderr, whatever names it holds."""
+    print(one_line(text), file=sys.stderr)
+
+
+@contextmanager
+def blame(path, what, remedy=''):
+    """Raise whatever fails inside as an InputError: `path`: `what` (the reason)`remedy`."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f'{path}: {what} ({reason(error)}){remedy}') from error
+
+
 def run_command(main):
     """Run a command: what the user can fix is one line on stderr and exit code 2, no traceback."""
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, 'reconfigure'):      # a class may have a name that the terminal lacks
-            stream.reconfigure(errors='backslashreplace')
+    for stream in sys.stdout, sys.stderr:       # a class may have a name that the terminal lacks
+        stream.reconfigure(errors='backslashreplace')
     try:
         main()
+        return
     except torch.OutOfMemoryError as error:
-        print(f'error: {reason(error)} Lower --batch-size', file=sys.stderr)
-        sys.exit(2)
+        note(f'error: {reason(error)} Lower --batch-size')
     except (InputError, OSError) as error:
-        print(one_line(f'error: {error}'), file=sys.stderr)
-        sys.exit(2)
+        note(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(2)
 
 
 def at_least(convert, least, below=None):
@@ -63,7 +76,7 @@ def at_least(convert, least, below=None):
     def parse(text):
         value = convert(text)
         if not value >= least:      # nor is nan
-            raise argparse.ArgumentTypeError(f'{text}: must be a number from {least}')
+            raise argparse.ArgumentTypeError(f'{text}: must be at least {least}')
         if below is not None and value >= below:
             raise argparse.ArgumentTypeError(f'{text}: must be less than {below}')
         return value
@@ -80,9 +93,8 @@ def power_of_two(text):
 
 
 def duration(seconds):
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
+    """Seconds as h:mm:ss, after a day as 1 day, h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Progress:
@@ -102,11 +114,12 @@ class Progress:
         if not (last or self.due()):
             return
         self.printed = time.monotonic()
-        if not self.terminal:
-            print(one_line(text), file=self.stream, flush=True)
-            return
-        end = '\n' if last else ''
-        print(f'\r{one_line(text)}\x1b[K', end=end, file=self.stream, flush=True)
+        line = one_line(text)
+        end = '\n'
+        if self.terminal:
+            line = f'\r{line}\x1b[K'
+            end = '\n' if last else ''
+        print(line, end=end, file=self.stream, flush=True)
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -122,7 +135,8 @@ def default_cache():
 @contextmanager
 def written_whole(path):
     """Give a path beside `path` to write a file or folder to; move it into place when written."""
-    part = Path(path).with_name(f'{Path(path).name}.part')
+    path = Path(path)
+    part = Path(f'{path}.part')
     _remove(part)                   # of a process that was killed
     try:
         yield part
@@ -130,7 +144,7 @@ def written_whole(path):
             with open(part, 'rb+') as file:
                 os.fsync(file.fileno())
         elif part.is_dir():
-            _remove(Path(path))     # a folder cannot replace another
+            _remove(path)           # a folder cannot replace another
         os.replace(part, path)
     finally:
         _remove(part)
@@ -154,7 +168,7 @@ LOCKED = set()      # what this process has locked: (thread, folder)
 
 @contextmanager
 def locked(folder, wait=True):
-    """Have a folder to oneself until the block, or the process, ends. Raises BlockingIOError where
+    """Have a folder to oneself until the block, or the process, ends. Raises InputError where
     another process has it, unless it is to `wait`. Where the file system has no locks, it goes on.
     """
     held = threading.get_ident(), os.path.realpath(folder)
@@ -167,12 +181,12 @@ def locked(folder, wait=True):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise
-            print(one_line(f'waiting for another process that writes in {folder}'), file=sys.stderr)
+                raise InputError(f'{folder}: another process is training there; wait for it, or '
+                                 'name another by --out')
+            note(f'waiting for another process that writes in {folder}')
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            print(f'note: no locks here ({reason(error)}): let no two commands write one folder',
-                  file=sys.stderr)
+            note(f'note: no locks here ({reason(error)}): let no two commands write one folder')
         LOCKED.add(held)
         yield
     finally:
@@ -202,12 +216,8 @@ def load_file(path, mmap=False, **kinds):
     read when used. Raises InputError, naming the file, where it cannot be read, or a key is missing
     or of another kind.
     """
-    if not Path(path).is_file():        # a pipe would be waited for
-        raise InputError(f'{path}: no such file')
-    try:
+    with blame(path, 'not a readable file of weights'):
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    except Exception as error:      # torch answers a broken file with many kinds
-        raise InputError(f'{path}: not a readable file of weights ({reason(error)})') from error
     for key, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(key), kind):
             raise InputError(f'{path}: not a file that train.py wrote (no good {key!r} in it)')
@@ -216,20 +226,15 @@ def load_file(path, mmap=False, **kinds):
 
 def save_file(state, path):
     """Write a .pt file, whole or not at all. Raises InputError where the disk is full."""
-    try:
-        with written_whole(path) as part:
-            torch.save(state, part)
-    except (OSError, RuntimeError) as error:        # torch answers a full disk with the latter
-        raise InputError(f'{path}: cannot be written ({reason(error)}); what was there before is '
-                         'still whole. Make room, and go on with --resume') from error
+    remedy = '; what was there before is still whole. Make room, and go on with --resume'
+    with blame(path, 'cannot be written', remedy), written_whole(path) as part:
+        torch.save(state, part)
 
 
 def load_state(module, state, path):
     """Copy a state_dict into a module. Raises InputError where it is another network's."""
-    try:
+    with blame(path, 'weights of another network'):
         module.load_state_dict(state)
-    except Exception as error:
-        raise InputError(f'{path}: weights of another network ({reason(error)})') from error
 
 
 def digest(network):
@@ -242,27 +247,19 @@ def digest(network):
 
 # ------------------------------------------------------------------------------ the folder of a run
 
-CONFIG_KINDS = dict(size=int, base=int, disc_base=int, epochs=int, seed=int, variant=str,
-                    classes=list, lms_channels=int, data=(str, type(None)),
-                    cache=(str, type(None)))
+CONFIG_NAMES = {'size', 'base', 'disc_base', 'epochs', 'seed', 'variant', 'classes',
+                'lms_channels', 'data', 'cache'}
 
 
 def load_config(run):
     """The settings of a run, as train.py wrote them. Raises InputError where `run` is none."""
     path = Path(run, 'config.json')
-    try:
-        if not path.is_file():
-            raise ValueError('no such file')
+    with blame(path, 'not that of a run of train.py'):
         config = json.loads(path.read_text('utf-8'))
-        for name, kind in CONFIG_KINDS.items():
-            if not isinstance(config[name], kind):
-                raise ValueError(f'{name} {config[name]!r}')
-        for name in 'size', 'base', 'disc_base':
-            if not 0 < config[name] <= 4096:
-                raise ValueError(f'{name} {config[name]!r}')
-        return config
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
+        missing = CONFIG_NAMES - config.keys()
+        if missing:
+            raise ValueError(f'no {min(missing)}')
+    return config
 
 
 def write_config(run, settings, **more):
@@ -270,7 +267,7 @@ def write_config(run, settings, **more):
     settings = dict(settings, resume=None, **more)
     for name in 'data', 'cache':
         if settings[name]:
-            settings[name] = str(Path(settings[name]).resolve())
+            settings[name] = os.path.realpath(settings[name])
     write_text(run / 'config.json', json.dumps(settings, indent=1) + '\n')
 
 
@@ -293,17 +290,9 @@ def open_run(run, resume=False):
     if not (resume or fresh) and _begun(run):
         raise InputError(f'{run}: not an empty folder; go on with it by --resume {run}, or name '
                          'another by --out')
-    try:
+    with blame(run, 'cannot be made', '; name another folder by --out'):
         (run / 'samples').mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'{run}: cannot be made ({reason(error)}); name another folder by '
-                         '--out') from error
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(run, wait=False))
-        except BlockingIOError as error:
-            raise InputError(f'{run}: another process is training there; wait for it, or name '
-                             'another by --out') from error
+    with locked(run, wait=False):
         try:
             yield run
         except InputError:
@@ -314,21 +303,17 @@ def open_run(run, resume=False):
 
 def _begun(run):
     """Whether a folder holds more than the settings of a run."""
-    if not run.is_dir():
-        return True
-    return any(path.name not in ('config.json', 'samples') for path in run.iterdir())
+    return any(path.name not in ('config.json', 'samples') for path in run.glob('*'))
 
 
 # ---------------------------------------------------------------------------- device and processes
 
 def choose_device(name=None):
     """The device of this name; by default the first GPU, else the CPU. Raises InputError."""
-    try:
+    with blame(f'--device {name}', 'not to be had here'):
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(0, device=device)
-        return device
-    except Exception as error:
-        raise InputError(f'--device {name}: not to be had here ({reason(error)})') from error
+    return device
 
 
 def peak_memory():
@@ -355,7 +340,7 @@ def distributed(args):
     voice. One that fails says why and ends at once: the others, in the midst of a step, fail in
     turn, or torchrun ends them.
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or 'LOCAL_RANK' not in os.environ:
+    if 'LOCAL_RANK' not in os.environ:
         yield
         return
     gpu = torch.cuda.is_available() and args.device != 'cpu'
@@ -364,22 +349,18 @@ def distributed(args):
         torch.cuda.set_device(choose_device(args.device))
     # the others wait as long as rank 0 takes to pack the data and to train C
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', timeout=timedelta(days=2))
-    out = sys.stdout
-    try:
-        with open(os.devnull, 'w') as nowhere:
-            sys.stdout = nowhere if rank() else out
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+        try:
             yield
-    except (InputError, OSError, RuntimeError) as error:
-        why = error
-        if isinstance(error, RuntimeError):
-            if 'connection' not in str(error).lower():
-                raise
-            why = 'another process ended; its own message says why'
-        print(one_line(f'error: process {rank()}: {why}'), file=sys.stderr, flush=True)
-        out.flush()
-        os._exit(2)
-    finally:
-        sys.stdout = out
+        except (InputError, OSError, RuntimeError) as error:
+            why = error
+            if isinstance(error, RuntimeError):
+                if 'connection' not in str(error).lower():
+                    raise
+                why = 'another process ended; its own message says why'
+            note(f'error: process {rank()}: {why}')
+            sys.stdout.flush()
+            os._exit(2)
     dist.destroy_process_group()
 
 
@@ -395,9 +376,7 @@ def rank0_first(work, local=False):
     """work() by rank 0 (with `local`, by the first process of each node) before all others."""
     if world_size() == 1:
         return work()
-    first = rank() == 0
-    if local:
-        first = os.environ['LOCAL_RANK'] == '0'
+    first = os.environ['LOCAL_RANK'] == '0' if local else rank() == 0
     result = work() if first else None
     dist.barrier()
     return result if first else work()

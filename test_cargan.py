@@ -3089,7 +3089,7 @@ def test_without_inception_all_else_comes(folder, measured, refused, capsys, tmp
     refused(evaluate, [run, *flags, '--inception', tmp_path / 'none.pth'], 'none.pth')
     monkeypatch.chdir(tmp_path / 'hub')
     refused(evaluate, [], 'no run', 'python train.py')
-    refused(evaluate, [folder, '--batch-size', '0'], '--batch-size must be at least 1')
+    refused(evaluate, [folder, '--batch-size', '0'], '--batch-size', 'must be at least 1')
 
 
 def test_the_grid_shows_the_nearest_train_frame(group, two, tmp_path, monkeypatch):
