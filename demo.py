@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import signal
 from scipy.io import wavfile
 
 from runs import (InputError, Progress, default_cache, at_least, run_command, writing,
@@ -330,10 +329,11 @@ def demo_tone(instrument, note, time, noise):
 
 def demo_sound(instrument, notes, moment, rng):
     """The waveform from `moment` (seconds) on: (22050,) float32 in [-1, 1]."""
+    from scipy.signal import lfilter        # takes a second to import
     time = moment + np.arange(int(DURATION * DEMO_RATE)) / DEMO_RATE
     room, noise = rng.standard_normal((2, len(time)))
     wave = 10 ** (-70 / 20) * room
-    noise = 10 ** (instrument.noise / 20) * signal.lfilter([.5], [1, -.5], noise)
+    noise = 10 ** (instrument.noise / 20) * lfilter([.5], [1, -.5], noise)
     for note in notes:
         heard = (time >= note.start) & (time < note.start + note.duration)
         if heard.any():

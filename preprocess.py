@@ -393,11 +393,22 @@ class Split:
 
     def batch(self, indices, device='cpu'):
         """The pairs of these indices (a sequence of int) as one batch."""
-        indices = torch.as_tensor(indices)
+        return self._convert(self._read(torch.as_tensor(indices), device), device)
+
+    def _read(self, indices, device):
+        """The packed pairs of these indices: [lms, frames, labels]; for a GPU in memory that it
+        can fetch by itself.
+        """
         rows = self.rows[indices.numpy()]
-        lms, image = [network_lms(torch.from_numpy(packed[rows]).to(device), self.size)
-                      for packed in (self.lms, self.frames)]
-        return lms, image, self.labels[indices].to(device)
+        packed = [*map(torch.from_numpy, (self.lms[rows], self.frames[rows])), self.labels[indices]]
+        if torch.device(device).type == 'cuda':
+            return [part.pin_memory() for part in packed]
+        return packed
+
+    def _convert(self, packed, device):
+        # towards other devices than CUDA a copy that is not waited for may be read too early
+        lms, frames, labels = [part.to(device, non_blocking=part.is_pinned()) for part in packed]
+        return network_lms(lms, self.size), network_lms(frames, self.size), labels
 
     def order(self, seed=None):
         """The indices of all pairs (n,): as they lie, or shuffled by this seed alone."""
@@ -431,11 +442,11 @@ class Split:
         with ThreadPoolExecutor(1) as reader:
             for batch in self.indices(batch_size, seed, start, least):
                 mine = batch.tensor_split(parts)[part] if part < len(batch) else batch[:1]
-                waiting.append(reader.submit(self.batch, mine, device))
+                waiting.append(reader.submit(self._read, mine, device))
                 if len(waiting) > 1:        # the next is read while this one is in use
-                    yield waiting.pop(0).result()
+                    yield self._convert(waiting.pop(0).result(), device)
             for last in waiting:
-                yield last.result()
+                yield self._convert(last.result(), device)
 
     def loudness(self):
         """How loud each clip is (n,): the mean power of its bands in dB; of RGB LMS the mean

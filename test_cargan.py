@@ -911,7 +911,8 @@ def test_pitch_leads_the_demos_player_and_loudness_the_light():
         assert (loud[0, 0] > 1.5 * left[0, 0]).all()
         for picture in (left, right, loud, drawn(instrument)):
             red, _, blue = picture[:55, [0, -1]].T
-            assert (blue > 2 * red).all()       # the curtain: nobody leaves the picture
+            curtain = (blue > 2 * red).mean(axis=1)
+            assert (curtain > 0.85).all()       # at most the tip of a slide leaves the picture
 
 
 def test_the_demos_gestures_follow_the_sound(monkeypatch):
