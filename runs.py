@@ -254,7 +254,7 @@ CONFIG_NAMES = {'size', 'base', 'disc_base', 'epochs', 'seed', 'variant', 'class
 def load_config(run):
     """The settings of a run, as train.py wrote them. Raises InputError where `run` is none."""
     path = Path(run, 'config.json')
-    with blame(path, 'not that of a run of train.py'):
+    with blame(run, 'not a run of train.py: config.json'):
         config = json.loads(path.read_text('utf-8'))
         missing = CONFIG_NAMES - config.keys()
         if missing:

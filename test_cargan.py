@@ -1456,7 +1456,7 @@ def test_the_classifier_of_another_run_is_used_as_it_is(group, two, tmp_path):
     assert same(dict(C.state_dict()), kept['classifier'])
     for place in path, tmp_path / 'new.pt':
         with pytest.raises(InputError, match='a classifier of other classes'):
-            train.get_classifier(args, two._replace(classes=['tuba']), place, 'cpu')
+            train.get_classifier(args, two._replace(classes=['tuba', 'horn']), place, 'cpu')
 
 
 # --------------------------------------------------------------------- one step of each side (3.4)
@@ -2351,7 +2351,7 @@ def test_two_commands_of_one_group_train_c_once(group, two, tmp_path, monkeypatc
         return runs.load_file(group[0] / 'classifier.pt')
 
     monkeypatch.setattr(train, 'make_classifier', make)
-    job = None, two, tmp_path / 'classifier.pt', 'cpu'
+    job = argparse.Namespace(seed=0), two, tmp_path / 'classifier.pt', 'cpu'
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(train.get_classifier, *job) for _ in range(2)]
         first, second = [dict(thread.result().state_dict()) for thread in both]
