@@ -40,6 +40,7 @@ INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_
                  'pt_inception-2015-12-05-6726825d.pth')
 INDEPENDENT_KEY = 'independent 7'       # raised when that classifier is trained otherwise
 SUFFIX = {'inception': '', 'independent': '_independent'}       # of metrics in a network's space
+KID_ROWS = 4096         # at most: its time grows by the square
 NEAR_SILENT = -40.0     # dB of Split.loudness: the demo's music is above -15, its rests below -50
 SEEDS_OWN = {'seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'compile', 'made',
              'resume', 'sample_every'}        # settings in which the runs of one column may differ
@@ -431,9 +432,11 @@ def metrics_of(rows, split, real):
         fid = kid = score = spread = None
         sets = rows[f'features_{name}'], real[f'features_{name}']
         if min(map(len, sets)) >= 2:
+            some, some_real = [draw_rows(features, KID_ROWS) for features in sets]
             if f'within_{name}' not in real:        # the same for all kinds
-                real[f'within_{name}'] = kernel_mean(sets[1])
-            fid, kid = frechet_distance(*sets), kernel_distance(*sets, real[f'within_{name}'])
+                real[f'within_{name}'] = kernel_mean(some_real)
+            fid = frechet_distance(*sets)
+            kid = kernel_distance(some, some_real, real[f'within_{name}'])
         if len(split) >= 100:
             mixed = split.order(seed=0)             # as they lie, each part had few classes
             score, spread = inception_score(rows[f'probabilities_{name}'][mixed])
@@ -449,6 +452,12 @@ def metrics_of(rows, split, real):
     if 'match' in rows:
         metrics['match'] = rows['match']
     return metrics
+
+
+def draw_rows(features, most):
+    """At most so many rows, drawn by seed."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    return features[order[:most]]
 
 
 def share(right):

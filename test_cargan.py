@@ -2792,6 +2792,14 @@ def evaluated(run, dataset, networks, folder, images=None):
     return evaluate.evaluate_run(run, folder, config, dataset, networks, args, torch.device('cpu'))
 
 
+def test_kid_is_of_some_rows_of_large_sets():
+    """Of small sets of all."""
+    features = torch.arange(40.0).reshape(20, 2)
+    assert evaluate.draw_rows(features, 7).unique(dim=0).shape == (7, 2)
+    assert torch.equal(evaluate.draw_rows(features, 30).sort(dim=0).values, features)
+    assert torch.equal(evaluate.draw_rows(features, 7), evaluate.draw_rows(features, 20)[:7])
+
+
 def test_the_metrics_by_hand(group, two, tmp_path):
     """Of model E, and the controls: each kind of picture is made here once more, all at once."""
     frames, split = two.train.subset([0, 1, 2, 12, 13]), two.validation.subset([0, 1, 3])
@@ -4208,16 +4216,53 @@ def test_audio_classifier_learns(pairs):
 # ------------------------------------------------------------------------- the whole, as a newcomer
 
 def test_the_readmes_lines_of_python(trained, tmp_path, monkeypatch):
-    """They run as they stand, on a run of one's own."""
+    """They run as they stand, on a run of one's own, with an LMS and a label."""
     text = (HERE / 'README.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
-    assert blocks
+    assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     wavfile.write('clip.wav', 22050, np.zeros(22050, '<i2'))
+    names = dict(lms=torch.zeros(1, 1, 256, 256), label=torch.tensor([3]))
     for block in blocks:
         block = block.replace('runs/<name>', str(trained)).replace('violin', 'viola')
-        exec(block, {})
+        with torch.no_grad():
+            exec(block, names)
+        names.setdefault('first', names.get('fine'))
+    assert names['first'].shape == (1, 3, 256, 256)
     assert sorted(path.name for path in tmp_path.glob('*.png')) == ['00.0.png', '00.5.png']
+
+
+def shown_commands(text):
+    """The commands of a Markdown text's blocks, without comments."""
+    commands = []
+    blocks = re.findall(r'^```(\w*)\n(.*?)^```', text, re.S | re.M)
+    for block in [block for language, block in blocks if not language]:
+        for line in block.splitlines():
+            words = line.partition(' #')[0].split()
+            if words and words[0] in ('python', 'pip', 'torchrun', 'ffmpeg'):
+                commands.append(' '.join(words))
+    return commands
+
+
+def test_the_readmes_commands_are_run():
+    """.ci/run types all but those that want Sub-URMP, several GPUs or ffmpeg; it may add a flag."""
+    text = (HERE / '.ci/run').read_text().replace('"$run"', 'runs/<name>')
+    typed = re.findall(r'^step (.*)$', text, re.M)
+    commands = shown_commands((HERE / 'README.md').read_text())
+    assert len(commands) > 10
+    for words in commands:
+        elsewhere = words.startswith('ffmpeg') or 'Sub-URMP' in words or 'runs/all' in words
+        if not elsewhere:
+            assert any(line == words or line.startswith(f'{words} ') for line in typed), words
+
+
+@pytest.mark.parametrize('path', sorted(HERE.glob('docs/*.md')), ids=lambda path: path.name)
+def test_the_commands_of_the_docs_have_these_flags(path, capsys):
+    """They train for hours; here they are parsed as they stand."""
+    for words in shown_commands(path.read_text()):
+        program, *flags = words.split()[1:]
+        if program == 'train.py':
+            assert train.parse_args(flags)
 
 
 def test_arrows_of_import_run_one_way():
