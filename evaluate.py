@@ -344,73 +344,95 @@ def measure(model, dataset, networks, batch_size=8, device='cpu', name='', image
     [(index, I', I'')]. Writes each I'' to <split>/<class>/<stem>.png in the folder `images`, where
     one is given.
     """
-    train, C, measured = dataset.train, model.residue.classifier, {}
-    num_classes = len(dataset.classes)
-    means = mean_frames(train, num_classes, batch_size, device)
+    means = mean_frames(dataset.train, len(dataset.classes), batch_size, device)
     of_means = joined([look_at(part, networks) for part in means.split(batch_size)])
+    measured = {}
     for part in 'train', 'validation':
         split = getattr(dataset, part)
-        labels, loudness, compared = split.labels, split.loudness(), clips_to_match(split)
-        # fewer clips take more draws: one draw of 156 had an l1 three deviations off
-        random = [random_frames(train.labels, labels, split is train, seed)
-                  for seed in range(1 + min(7, 1000 // len(split)))]
-        nearest, other = nearest_sounds(train, split), random_frames(labels, labels, own=True)
-        given = labels
-        if num_classes > 1:
-            given = (labels + 1 + split.order(seed=0) % (num_classes - 1)) % num_classes
-        batches, mistakes, progress = [], [], Progress()
-        for indices, (lms, image, label) in zip(split.indices(batch_size),
-                                                split.batches(batch_size, device)):
-            coarse, fine, _ = model(lms, label)
-            shown = dict(fine=fine, real=image)
-            if coarse is not fine:
-                shown['coarse'] = coarse
-            if part == 'validation' and getattr(model, 'variant', None) == 'E':
-                sound = split.batch(other[indices], device)[0]
-                shown['other_sound'] = model(sound, label)[1]
-                if num_classes > 1:
-                    shown['wrong_label'] = model(lms, given[indices].to(device))[1]
-
-            copy = train.batch(nearest[indices], device)[1]
-            copies = torch.stack([train.batch(drawn[indices], device)[1] for drawn in random])
-            some = compared[indices]
-            rows = {}
-            for kind, x in shown.items():
-                judge = None
-                if num_classes > 1 and kind in ('coarse', 'fine', 'real'):      # as in the paper
-                    judge = C
-                rows[kind] = look_at(x, networks, image, judge, some)
-            rows['nearest_sound'] = look_at(copy, {}, image, some=some)
-            rows['mean_frame'] = look_at(means[label], {}, image, some=some)
-            rows['random_frame'] = dict(l1=(copies - image).abs().mean(dim=(0, 2, 3, 4)).cpu())
-            batches.append(rows)
-
-            if 'independent' in networks:
-                wrong = rows['fine']['predictions_independent'] != labels[indices]
-                for i in torch.nonzero(wrong).flatten():
-                    mistakes.append((indices[i], coarse[i], fine[i]))
-                mistakes = sorted(mistakes, key=lambda mistake: loudness[mistake[0]])[:16]
-            if images:
-                write_images(fine, split, indices, dataset.classes, Path(images, part))
-            done = indices[-1] + 1
-            progress(f'evaluating {name} {part}: {done} of {len(split)}', last=done == len(split))
-
-        rows = {kind: joined([rows[kind] for rows in batches]) for kind in batches[0]}
-        truth = rows['real'].pop('pictures')
-        for of_kind in rows.values():
-            if 'pictures' in of_kind:
-                pictures = of_kind.pop('pictures')
-                of_kind['match'] = match_accuracy(pictures, truth, labels[compared])
+        controls = Controls(dataset.train, split, means)
+        rows = measure_split(model, dataset, part, controls, networks, batch_size, device, name,
+                             images)
         measured[part] = rows
         frames = measured['train']['real']
         for key in of_means:
-            rows['mean_frame'][key] = of_means[key][labels]
-            rows['nearest_sound'][key] = frames[key][nearest]
-            rows['random_frame'][key] = frames[key][random[0]]
-        rows['fine']['mistakes'] = mistakes
-        if 'wrong_label' in rows:
-            rows['wrong_label']['given'] = given
+            rows['mean_frame'][key] = of_means[key][split.labels]
+            rows['nearest_sound'][key] = frames[key][controls.nearest]
+            rows['random_frame'][key] = frames[key][controls.random[0]]
     return measured
+
+
+class Controls:
+    """Which pairs stand in for each clip of a split: indices (n,) into train, and into the split
+    itself for the `other` sound; the labels `given` instead of its own; the `means` (K, 3, S, S).
+    """
+
+    def __init__(self, train, split, means):
+        self.means = means
+        self.nearest = nearest_sounds(train, split)
+        # fewer clips take more draws: one draw of 156 had an l1 three deviations off
+        self.random = []
+        for seed in range(1 + min(7, 1000 // len(split))):
+            self.random.append(random_frames(train.labels, split.labels, split is train, seed))
+        self.other = random_frames(split.labels, split.labels, own=True)
+        self.given = None
+        if len(means) > 1:
+            further = 1 + split.order(seed=0) % (len(means) - 1)
+            self.given = (split.labels + further) % len(means)
+
+
+def measure_split(model, dataset, part, controls, networks, batch_size, device, name, images):
+    """measure() of one split, but for what networks make of frames that are in train."""
+    train, split = dataset.train, getattr(dataset, part)
+    labels, loudness, compared = split.labels, split.loudness(), clips_to_match(split)
+    listens = part == 'validation' and getattr(model, 'variant', None) == 'E'
+    batches, mistakes, progress = [], [], Progress()
+    for indices, (lms, image, label) in zip(split.indices(batch_size),
+                                            split.batches(batch_size, device)):
+        coarse, fine, _ = model(lms, label)
+        shown = dict(fine=fine, real=image)
+        if coarse is not fine:
+            shown['coarse'] = coarse
+        judges = dict.fromkeys(shown, model.residue.classifier)         # as in the paper
+        if len(dataset.classes) == 1:
+            judges = {}
+        if listens:
+            sound = split.batch(controls.other[indices], device)[0]
+            shown['other_sound'] = model(sound, label)[1]
+        if listens and controls.given is not None:
+            shown['wrong_label'] = model(lms, controls.given[indices].to(device))[1]
+
+        some = compared[indices]
+        rows = {}
+        for kind, x in shown.items():
+            rows[kind] = look_at(x, networks, image, judges.get(kind), some)
+        copy = train.batch(controls.nearest[indices], device)[1]
+        rows['nearest_sound'] = look_at(copy, {}, image, some=some)
+        rows['mean_frame'] = look_at(controls.means[label], {}, image, some=some)
+        copies = [train.batch(drawn[indices], device)[1] for drawn in controls.random]
+        distance = (torch.stack(copies) - image).abs().mean(dim=(0, 2, 3, 4))
+        rows['random_frame'] = dict(l1=distance.cpu())
+        batches.append(rows)
+
+        if 'independent' in networks:
+            wrong = rows['fine']['predictions_independent'] != labels[indices]
+            for i in torch.nonzero(wrong).flatten():
+                mistakes.append((indices[i], coarse[i], fine[i]))
+            mistakes = sorted(mistakes, key=lambda mistake: loudness[mistake[0]])[:16]
+        if images:
+            write_images(fine, split, indices, dataset.classes, Path(images, part))
+        done = indices[-1] + 1
+        progress(f'evaluating {name} {part}: {done} of {len(split)}', last=done == len(split))
+
+    rows = {kind: joined([rows[kind] for rows in batches]) for kind in batches[0]}
+    truth = rows['real'].pop('pictures')
+    for of_kind in rows.values():
+        if 'pictures' in of_kind:
+            pictures = of_kind.pop('pictures')
+            of_kind['match'] = match_accuracy(pictures, truth, labels[compared])
+    rows['fine']['mistakes'] = mistakes
+    if 'wrong_label' in rows:
+        rows['wrong_label']['given'] = controls.given
+    return rows
 
 
 def write_images(images, split, indices, classes, folder):
