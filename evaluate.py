@@ -541,6 +541,7 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
     if metrics.get('measured') == measured and not args.images:
         if 'inception' not in networks or 'fid' in metrics['train']['fine']:
             return model, metrics
+    folder.mkdir(parents=True, exist_ok=True)       # before the long work, as it may fail
     batch_size = args.batch_size or max(1, 2048 // config['size'])
     rows = measure(model, dataset, networks, batch_size, device, folder, args.images)
     metrics = {name: config.get(name) for name in ('data', 'size', 'variant', 'seed', 'preset')}
@@ -556,7 +557,6 @@ def evaluate_run(run, folder, config, dataset, networks, args, device):
         of_split.setdefault('coarse', dict(of_split['fine']))
         of_split['fine']['classes'] = metrics_of_classes(kinds['fine'], split, dataset.classes)
         metrics[name] = of_split
-    folder.mkdir(parents=True, exist_ok=True)
     nearest = None
     if independent:
         metrics['independent_accuracy'] = independent.accuracy

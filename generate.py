@@ -352,6 +352,7 @@ def save_scene(scene, path):
     moment. Returns the number of moments.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     count = 0
 
@@ -459,7 +460,7 @@ def make_parser():
     add('run', help='a folder that train.py made')
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('recording', nargs='?', help='a .wav file')
-    source.add_argument('--piece', help="instead of a recording a piece of the run's data, by the "
+    source.add_argument('--piece', help="instead of a recording a piece of the run's data: the "
                         'beginning of its stems <piece>_<milliseconds>')
     add('--label', help="what plays in it (default: what S2IC's audio classifier hears)")
     add('--hop', type=at_least(float, 0.02, below=601), default=0.5,
@@ -478,7 +479,7 @@ def check_out(args):
     """The path to write, as it was asked for or by default. Raises InputError where it is there, or
     its ending is none of those that can be written.
     """
-    if args.piece:
+    if args.piece is not None:
         name = f'{args.piece}.html'
         endings = '.html', '.gif'
     else:
@@ -548,7 +549,7 @@ def main(argv=None):
         raise InputError(f'{args.run}: was trained on LMS drawn as pictures, so there is no sound '
                          'to hear; --piece writes a .gif or a folder')
     about = f'model {config["variant"]} of {args.run}, epoch {trained["epoch"]}'
-    if args.piece:
+    if args.piece is not None:
         scene = piece_scene(args, config, model, about, device)
     else:
         scene = recording_scene(args, config, model, about, device)

@@ -500,6 +500,8 @@ def numbered_frames(folder):
     """The pictures of a folder as [(number, path)] by the last number in their names, the first of
     them 0. Raises InputError where there are none, or a name has no number or that of another.
     """
+    if not Path(folder).is_dir():
+        raise InputError(f'{folder}: no such folder of frames')
     frames = {}
     for path in sorted(Path(folder).glob('[!.]*')):
         if path.suffix.lower() not in PICTURES:
@@ -522,11 +524,12 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
     <label><piece>_<milliseconds>. The last fifth goes to validation; what would be heard in both
     splits is left out. Returns how many pairs each split got, {split: count}.
 
-    Raises InputError where frames and sound do not last equally long, or a stem is there already.
+    Raises InputError where frames and sound do not last equally long, no frame has half a second of
+    sound, or a stem is there already.
     """
     for name in label, piece:
-        if not name or Path(name).name != name:
-            raise InputError(f'{name!r}: is no name for a file, as a class or a piece wants')
+        if not re.fullmatch(r'\w[^/\\]*', name):
+            raise InputError(f'--class, --piece: {name!r} is no good name for a file')
     waveform, sample_rate = read_wav(recording)
     frames = numbered_frames(folder)
     lasts = (frames[-1][0] + 1) / fps
@@ -546,11 +549,14 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
         else:
             continue
         plan[f'{label}{piece}_{round(1000 * k / fps)}'] = split, start, path
+    if not plan:
+        raise InputError(f'{recording}: no frame has half a second of it, {shift:g} s later')
     counts = dict(train=0, validation=0)
     for split in counts:
         for part in 'chunk', 'img':
             folder = Path(out, part, split, label)
-            folder.mkdir(parents=True, exist_ok=True)
+            with blame(folder, 'cannot be made', '; name another --out'):
+                folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
                 if path.stem in plan:
                     raise InputError(f'{path}: is there already; name another --piece')
@@ -580,12 +586,12 @@ def main(argv=None):
         help='of these frames (default: 10)')
     add('--class', dest='label', metavar='CLASS', help='what plays there')
     add('--piece', metavar='NAME', help='what to call it, for stems <class><name>_<milliseconds>')
-    add('--shift', type=float, default=0.0, metavar='SECONDS',
+    add('--shift', type=at_least(float, -600, below=601), default=0.0, metavar='SECONDS',
         help='a frame goes with the half second that begins so much later (default: 0)')
     add('--out', help='the dataset folder to make, or to add to')
     args = parser.parse_args(argv)
     if args.cut:
-        if not (args.label and args.piece and args.out):
+        if None in (args.label, args.piece, args.out):
             parser.error('--cut wants --class, --piece and --out, too')
         counts = cut_recording(*args.cut, args.out, args.label, args.piece, args.fps, args.shift)
         print(f'{args.out}: {counts["train"]} pairs more in train, {counts["validation"]} in '

@@ -862,8 +862,15 @@ def test_what_cannot_be_cut_is_refused(tmp_path, capsys, refused):
     refused(preprocess, [*words, '--fps', '25'], 'last 1.6 s at 25 a second', '4.0 s', '--fps')
     refused(preprocess, words[:-2], '--out')
     refused(preprocess, [], '--data', '--cut')
-    refused(preprocess, [*words, '--class', 'a/b'], 'a/b')
-    refused(preprocess, ['--cut', take, tmp_path / 'none', *words[3:]], 'none', '.jpg or .png')
+    for name in 'a/b', '..', '':
+        refused(preprocess, [*words, '--class', name], '--class', repr(name))
+    for shift in '100', '-100':
+        refused(preprocess, [*words, '--shift', shift], take, shift)
+    refused(preprocess, [*words, '--shift', 'nan'], '--shift')
+    refused(preprocess, [*words[:-1], take], take / 'chunk/train/horn', '--out')
+    refused(preprocess, ['--cut', take, tmp_path / 'none', *words[3:]], 'none', 'no such folder')
+    (tmp_path / 'empty').mkdir()
+    refused(preprocess, ['--cut', take, tmp_path / 'empty', *words[3:]], 'empty', '.jpg or .png')
     (frames / 'seen.png').write_bytes(b'')
     refused(preprocess, words, 'seen.png', 'number')
     (frames / 'seen.png').rename(frames / 'again-07.png')
@@ -3696,9 +3703,10 @@ def test_a_picture_is_generated_for_a_recording(
     wavfile.write('long.wav', 22050, samples)           # 1.27 s
     long = [str(run), 'long.wav', *flags]
     generate.main([*long, '--out', 'scene.png'])
-    generate.main([*long, '--out', 'twice.png', '--hop', '0.25'])
+    generate.main([*long, '--out', 'new/folder/twice.png', '--hop', '0.25'])
+    Path('new/folder/twice.png').rename('twice.png')
     printed = capsys.readouterr().out
-    assert '\ntwice.png: 6 moments; long.wav: viola, every 0.25 s, by model E of ' in printed
+    assert '\nnew/folder/twice.png: 6 moments; long.wav: viola, every 0.25 s, by model E' in printed
     assert np.array_equal(tiles('twice.png')[::2], tiles('scene.png'))
     generate.main([*long, '--out', 'scene.gif', '--hop', '0.3'])
     with Image.open('scene.gif') as gif:
@@ -3721,6 +3729,7 @@ def test_a_picture_is_generated_for_a_recording(
     refused(generate, [*long, '--out', 'frames'], 'frames', 'exists')
     refused(generate, [*long, '--out', 'scene.jpg'], 'scene.jpg', '.html, .gif, .png or a folder')
     refused(generate, [run, *flags], 'recording', '--piece')
+    refused(generate, [run, '--piece', '', *flags, '--out', 'x.html'], '--piece', 'validation')
     refused(generate, [*long, '--piece', 'viola09'], 'recording', '--piece')
     refused(generate, [*long, '--label', 'kazoo'], 'kazoo', 'bassoon, viola')
     x = ['--out', 'x.png']
@@ -4216,19 +4225,19 @@ def test_audio_classifier_learns(pairs):
 # ------------------------------------------------------------------------- the whole, as a newcomer
 
 def test_the_readmes_lines_of_python(trained, tmp_path, monkeypatch):
-    """They run as they stand, on a run of one's own, with an LMS and a label."""
+    """They run as they stand, on a run of one's own."""
     text = (HERE / 'README.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     wavfile.write('clip.wav', 22050, np.zeros(22050, '<i2'))
-    names = dict(lms=torch.zeros(1, 1, 256, 256), label=torch.tensor([3]))
+    names = {}
     for block in blocks:
         block = block.replace('runs/<name>', str(trained)).replace('violin', 'viola')
         with torch.no_grad():
             exec(block, names)
         names.setdefault('first', names.get('fine'))
-    assert names['first'].shape == (1, 3, 256, 256)
+    assert names['first'].shape == (2, 3, 256, 256)
     assert sorted(path.name for path in tmp_path.glob('*.png')) == ['00.0.png', '00.5.png']
 
 
