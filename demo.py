@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.io import wavfile
 
-from runs import (InputError, Progress, default_cache, at_least, run_command, writing,
+from runs import (InputError, Progress, at_least, default_cache, run_command, writing,
                   written_whole)
 
 DEMO_VERSION = 4            # raised whenever the demo data come out otherwise

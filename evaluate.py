@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -32,8 +31,8 @@ from generate import (as_saved, draw_grid, draw_sounds, example_clips, example_p
                       lms_picture, load_run, open_run_data, paper_figures, picture)
 from report import (METRICS_VERSION, paper_tables, read_metrics, report_text, write_folder_page,
                     write_page)
-from runs import (InputError, Progress, choose_device, default_cache, digest, epochs_done,
-                  load_config, load_file, at_least, reason, run_command, write_text)
+from runs import (InputError, Progress, at_least, choose_device, default_cache, digest,
+                  epochs_done, load_config, load_file, note, reason, run_command, write_text)
 from train import get_audio_classifier, kept_beside
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
@@ -684,7 +683,7 @@ def main(argv=None):
     except InputError as error:
         if args.inception or args.require_inception:
             raise
-        print(f'fid, kid and is: not computed: {error}', file=sys.stderr)
+        note(f'fid, kid and is: not computed: {error}')
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     dataset = open_run_data(configs[first], args.data, args.cache)
     if len(dataset.classes) > 1:

@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from scipy.io import wavfile
 
 from baselines import BASELINES, AudioClassifier
 from cargan import CARGAN, VARIANTS
 from demo import demo_data
-from preprocess import find_pairs, open_dataset, read_wav, recording_lms
-from runs import (InputError, Progress, choose_device, default_cache, digest, load_config,
-                  load_file, load_state, at_least, reason, run_command, written_whole)
+from preprocess import find_pairs, open_dataset, read_wav, recording_lms, write_wav
+from runs import (InputError, Progress, at_least, choose_device, default_cache, digest,
+                  load_config, load_file, load_state, reason, run_command, written_whole)
 
 METHODS = (*BASELINES, 'E')     # of Table 2 and Figure 6
 
@@ -434,10 +433,8 @@ def write_scene_page(scene, moments, path):
     """Write a page that needs no other file: the sound with its controls, and the picture of the
     moment that is heard. The pictures are written one by one, as there may be many.
     """
-    waveform, sample_rate = scene.sound
-    samples = np.round(waveform * 32768).clip(-32768, 32767)
     wav = BytesIO()
-    wavfile.write(wav, sample_rate, samples.astype(np.int16))
+    write_wav(wav, *scene.sound)
     columns = ''.join(f'<span>{escape(name)}</span>' for name in scene.columns)
     with written_whole(path) as part, open(part, 'w', encoding='utf-8') as page:
         page.write(SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title)))
@@ -522,8 +519,9 @@ def recording_scene(args, config, model, about, device):
     return Scene(moments, len(waveform) / sample_rate, title, ["I''"], sound)
 
 
-def piece_scene(args, config, model, about, device):
-    """A piece of a run's data, beside the truth. Raises InputError where there is none so called.
+def piece_scene(args, config, model, about, device, heard):
+    """A piece of a run's data, beside the truth; with its sound where that is to be `heard`. Raises
+    InputError where there is none so called.
     """
     dataset = open_run_data(config, args.data, args.cache)
     split = getattr(dataset, args.split)
@@ -533,9 +531,7 @@ def piece_scene(args, config, model, about, device):
         raise InputError(f'--piece {args.piece}: not in {args.split}, which has: {known}')
     clips = pieces[args.piece]
     moments = generate_piece(model, split, clips, device)
-    sound = None
-    if config['lms_channels'] == 1:     # else the sounds are pictures
-        sound = piece_sound(dataset, split, clips)
+    sound = piece_sound(dataset, split, clips) if heard else None
     title = f'{args.piece} of {args.split}, by {about}'
     end = (clips[-1][0] - clips[0][0]) / 1000 + 0.5
     return Scene(moments, end, title, ['LMS', "I'", "I''", 'truth'], sound)
@@ -550,7 +546,7 @@ def main(argv=None):
                          'to hear; --piece writes a .gif or a folder')
     about = f'model {config["variant"]} of {args.run}, epoch {trained["epoch"]}'
     if args.piece is not None:
-        scene = piece_scene(args, config, model, about, device)
+        scene = piece_scene(args, config, model, about, device, out.suffix == '.html')
     else:
         scene = recording_scene(args, config, model, about, device)
     count = save_scene(scene, out)

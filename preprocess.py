@@ -84,6 +84,14 @@ def read_wav(path):
     return samples.mean(axis=1, dtype=np.float32) / full_scale, sample_rate
 
 
+def write_wav(file, waveform, sample_rate):
+    """Write a waveform (n,) in [-1, 1] as a WAV file of 16 bits; one read from such comes out the
+    same.
+    """
+    samples = np.round(waveform * 32768).clip(-32768, 32767)
+    wavfile.write(file, sample_rate, samples.astype(np.int16))
+
+
 def _parse_wav(content):
     """The samples (n, channels), signed integers or floats, and their rate."""
     form, data = _wav_chunks(content)
@@ -562,10 +570,9 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
                     raise InputError(f'{path}: is there already; name another --piece')
     progress = Progress()
     for stem, (split, start, path) in plan.items():
-        chunk = np.round(waveform[start:start + half] * 32768).clip(-32768, 32767)
+        chunk = waveform[start:start + half]
         shutil.copyfile(path, Path(out, 'img', split, label, stem + path.suffix.lower()))
-        wavfile.write(Path(out, 'chunk', split, label, f'{stem}.wav'), sample_rate,
-                      chunk.astype(np.int16))
+        write_wav(Path(out, 'chunk', split, label, f'{stem}.wav'), chunk, sample_rate)
         counts[split] += 1
         progress(f'{stem}: {sum(counts.values())} of {len(plan)} pairs')
     return counts

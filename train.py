@@ -40,9 +40,9 @@ from generate import (AUDIO_KEY, draw_grid, example_clips, example_pictures, kep
                       load_generators, make_model)
 from preprocess import open_dataset
 from report import LOSSES, Log, way_back, write_page
-from runs import (InputError, Progress, broadcast, choose_device, default_cache, digest,
-                  distributed, duration, epochs_done, load_config, load_file, load_state, one_line,
-                  at_least, open_run, peak_memory, power_of_two, rank, rank0_first, reason,
+from runs import (InputError, Progress, at_least, broadcast, choose_device, default_cache, digest,
+                  distributed, duration, epochs_done, load_config, load_file, load_state, note,
+                  open_run, peak_memory, power_of_two, rank, rank0_first, reason,
                   run_command, save_file, world_size, write_config, writing)
 
 
@@ -469,9 +469,8 @@ def d_has_won(L_D, epoch):
     """Whether the L_D of an epoch's steps say so; then it is said on stderr."""
     mean = torch.stack(L_D).mean().item()
     if mean < VICTORY:
-        print(f'note: L_D was {mean:.4f} over epoch {epoch}: D has won, and G learns little from '
-              'it; try --no-saturating, --betas 0.5 0.999, or a smaller --disc-base',
-              file=sys.stderr)
+        note(f'note: L_D was {mean:.4f} over epoch {epoch}: D has won, and G learns little from '
+             'it; try --no-saturating, --betas 0.5 0.999, or a smaller --disc-base')
     return mean < VICTORY
 
 
@@ -797,7 +796,7 @@ def train_all(plan, device, gpus):
             if world_size() > 1:        # the other processes may wait for this one
                 raise
             failed.append(run)
-            print(one_line(f'{run} failed: {error}'), file=sys.stderr)
+            note(f'{run} failed: {error}')
     if failed:
         names = ', '.join(map(str, failed))
         raise InputError(f'{len(failed)} of {len(plan)} runs failed: {names}; each said why above. '
