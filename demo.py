@@ -22,7 +22,7 @@ from scipy.io import wavfile
 from runs import (InputError, Progress, at_least, default_cache, run_command, writing,
                   written_whole)
 
-DEMO_VERSION = 4            # raised whenever the demo data come out otherwise
+DEMO_VERSION = 5            # raised whenever the demo data come out otherwise
 DEMO_RATE = 44_100          # Hz
 DURATION = 0.5              # seconds of sound in a pair
 BAR = 0.6                   # seconds; a bar holds one note, two notes or a rest
@@ -104,7 +104,7 @@ DEMO_INSTRUMENTS = {
         register=(34, 72),
         rolloff=(13, 7), formants=((480, 14), (1200, 6)),
         attack=.03, vibrato=10, noise=-34,
-        seated=True,
+        seated=True, offset=-.06,
         play=(0, 0, 4), lift=-16, rest=(.02, .10, 24),
         fingers=((.14, 0), (-.04, .30)), hold=(-.12, .40),
         shapes=(
@@ -129,7 +129,7 @@ DEMO_INSTRUMENTS = {
         register=(50, 91),
         rolloff=(12, 7), formants=((1500, 4),), even=26,
         attack=.03, vibrato=2, noise=-36,
-        offset=.13, scale=.44,
+        offset=.02, scale=.44,
         play=(0, 0, 118), lift=24, rest=(-.06, .20, 75),
         fingers=((.70, 0), (.28, 0)), hold=(.60, 0),
         shapes=(
@@ -153,7 +153,7 @@ DEMO_INSTRUMENTS = {
         register=(60, 96),
         rolloff=(22, 12), formants=((900, 5),),
         attack=.05, vibrato=25, noise=-22,
-        offset=.16, scale=.48,
+        offset=.12, scale=.48,
         play=(.04, 0, 172), lift=14, rest=(-.10, .24, 40),
         fingers=((.84, 0), (.42, 0)), hold=(.28, 0),
         shapes=(
@@ -179,8 +179,8 @@ DEMO_INSTRUMENTS = {
         register=(58, 91),
         rolloff=(9, 5), formants=((1050, 14), (2900, 9)),
         attack=.03, vibrato=14, noise=-38,
-        seated=True, scale=.42,
-        play=(0, 0, 90), lift=-20, rest=(0, .28, 20),
+        seated=True, offset=.11, scale=.46,
+        play=(0, 0, 90), lift=-20, rest=(0, .24, 50),
         fingers=((.72, 0), (.25, 0)), hold=(.62, 0),
         shapes=(
             (IVORY, '0 0 .03, .12 0 .03'),
@@ -205,7 +205,7 @@ DEMO_INSTRUMENTS = {
         register=(40, 72),
         rolloff=(17, 6), formants=((600, 6),),
         attack=.05, vibrato=3, noise=-40,
-        offset=.20, scale=.48,
+        offset=.20, scale=.45,
         play=(0, 0, 172), lift=12, rest=(-.05, .12, 118),
         fingers=((.82, 0), (.40, 0)), hold=(.16, -.03),
         shapes=(
@@ -222,8 +222,8 @@ DEMO_INSTRUMENTS = {
         register=(55, 82),
         rolloff=(15, 3), formants=((1200, 8),),
         attack=.03, vibrato=8, noise=-38,
-        offset=-.19, scale=.52,
-        play=(0, 0, 8), lift=-26, rest=(.08, .24, 60),
+        seated=True, offset=-.19, scale=.52,
+        play=(0, 0, 8), lift=-26, rest=(.10, .22, 30),
         fingers=((.34, .10), (.62, .10)), hold=(.28, .12),
         shapes=(
             (GOLD, '0 0 .06, .05 0 .05, .76 0 .07, .90 0 .16, 1 0 .46'),
@@ -262,7 +262,7 @@ DEMO_INSTRUMENTS = {
         register=(55, 96),
         rolloff=(7, 5), formants=((480, 5), (2800, 8)),
         attack=.04, vibrato=26, noise=-30,
-        offset=-.10, scale=.40,
+        offset=-.12, scale=.44,
         play=(.03, .05, -6), lift=-14, rest=(.06, .32, 50),
         fingers=((.94, 0), (.58, 0)), hold=(.30, 0), bow=140,
         shapes=bowed(WOOD),

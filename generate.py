@@ -294,30 +294,33 @@ def generate_recording(model, classes, waveform, sample_rate, label, size, devic
 
 
 def find_pieces(split):
-    """The pieces of a split, whose stems are <piece>_<milliseconds>: {piece: [(milliseconds,
-    index)]}, in the order of time.
+    """The pieces of a split, whose stems are <piece>_<milliseconds>: {piece: [(seconds from its
+    beginning, index)]}, in the order of time.
     """
     pieces = {}
     for index, stem in enumerate(split.stems):
         piece, _, moment = stem.rpartition('_')
         if moment.isdecimal():
             pieces.setdefault(piece, []).append((int(moment), index))
-    return {piece: sorted(clips) for piece, clips in sorted(pieces.items())}
+    for clips in pieces.values():
+        clips.sort()
+        begin = clips[0][0]
+        clips[:] = [((moment - begin) / 1000, index) for moment, index in clips]
+    return dict(sorted(pieces.items()))
 
 
 @torch.inference_mode()
 def generate_piece(model, split, clips, device='cpu'):
-    """LMS, I', I'' and truth side by side for the clips of a piece, [(milliseconds, index)], as
-    Moments one by one, from 0 seconds on.
+    """LMS, I', I'' and truth side by side for the clips of a piece, [(seconds, index)], as Moments
+    one by one.
     """
     for start in range(0, len(clips), PICTURES):
         some = clips[start:start + PICTURES]
         lms, image, label = split.batch([index for _, index in some], device)
         coarse, fine, _ = model(lms, label)
         distances = (fine - image).abs().mean(dim=(1, 2, 3)).tolist()
-        for i, (milliseconds, _) in enumerate(some):
+        for i, (seconds, _) in enumerate(some):
             tiles = [lms_picture(lms[i]), picture(coarse[i]), picture(fine[i]), picture(image[i])]
-            seconds = (milliseconds - clips[0][0]) / 1000
             yield Moment(seconds, Image.fromarray(np.hstack(tiles)), distances[i])
 
 
@@ -329,18 +332,16 @@ def piece_sound(dataset, split, clips):
     chunks = {pair[:3]: pair.audio for pair in pairs}       # by split, class and stem
     part = 'train' if split is dataset.train else 'validation'
     waveform = None
-    for milliseconds, index in clips:
+    for seconds, index in clips:
         path = chunks[part, dataset.classes[split.labels[index]], split.stems[index]]
         chunk, rate = read_wav(path)
         if waveform is None:
-            start = milliseconds
             sample_rate = rate
-            seconds = (clips[-1][0] - start) / 1000 + 0.5
-            waveform = np.zeros(round(seconds * rate), np.float32)
+            waveform = np.zeros(round((clips[-1][0] + 0.5) * rate), np.float32)
         if rate != sample_rate:
             raise InputError(f'{path}: {rate} Hz, but the piece begins with {sample_rate} Hz; .gif '
                              'or a folder of pictures has no sound')
-        begin = round((milliseconds - start) / 1000 * rate)
+        begin = round(seconds * rate)
         waveform[begin:begin + len(chunk)] = chunk[:len(waveform) - begin]
     return waveform, sample_rate
 
@@ -533,8 +534,7 @@ def piece_scene(args, config, model, about, device, heard):
     moments = generate_piece(model, split, clips, device)
     sound = piece_sound(dataset, split, clips) if heard else None
     title = f'{args.piece} of {args.split}, by {about}'
-    end = (clips[-1][0] - clips[0][0]) / 1000 + 0.5
-    return Scene(moments, end, title, ['LMS', "I'", "I''", 'truth'], sound)
+    return Scene(moments, clips[-1][0] + 0.5, title, ['LMS', "I'", "I''", 'truth'], sound)
 
 
 def main(argv=None):
