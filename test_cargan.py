@@ -211,8 +211,8 @@ def group(two, two_classes):
 
 def wav_bytes(payload, bits=16, rate=22050, channels=1, code=1, block=None, more=b'', before=b'',
               after=b'', length=None, whole=None):
-    """A WAV file; `more` goes into its format, `before` and `after` around the sound; `block` (bytes
-    a frame), `length` (of the sound), `whole` (of the file): its claims.
+    """A WAV file; `more` goes into its format, `before` and `after` around the sound; `block` (of a
+    frame, in bytes), `length` (of the sound), `whole` (of the file): its claims.
     """
     block = channels * bits // 8 if block is None else block
     form = struct.pack('<HHIIHH', code, channels, rate, rate * block, block, bits) + more
