@@ -468,7 +468,7 @@ VICTORY = 0.01      # of D: below this mean of L_D its gradient teaches G little
 def d_has_won(L_D, epoch):
     """Whether the L_D of an epoch's steps say so; then it is said on stderr."""
     mean = torch.stack(L_D).mean().item()
-    if mean < VICTORY:
+    if mean < VICTORY and rank() == 0:
         note(f'note: L_D was {mean:.4f} over epoch {epoch}: D has won, and G learns little from '
              'it; try --no-saturating, --betas 0.5 0.999, or a smaller --disc-base')
     return mean < VICTORY
