@@ -264,6 +264,7 @@ RARE_WAVS = {       # each of them holds full scale downwards and nothing
 }
 
 
+@pytest.mark.filterwarnings('ignore::scipy.io.wavfile.WavFileWarning')
 @pytest.mark.parametrize('kind', RARE_WAVS)
 def test_rare_wavs_are_read(tmp_path, kind):
     (tmp_path / 'x.wav').write_bytes(RARE_WAVS[kind])
