@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,6 @@ DB_RANGE = (-80.0, 40.0)    # shown to the network as [-1, 1]; absolute, so that
 FILE_LIMIT = 2 ** 27                # bytes
 PIXEL_LIMIT = 7680 * 4320           # of a picture: 8K
 warnings.filterwarnings('ignore', module='PIL')     # on Exif and the like, which is not wanted
-warnings.filterwarnings('ignore', category=wavfile.WavFileWarning)      # the same of sounds
 
 
 def _read_file(path):
@@ -70,24 +70,18 @@ def read_wav(path):
     channels.
 
     Returns (waveform (n,) float32, the mean of the channels, full scale = [-1, 1]; sample rate in
-    Hz). Raises InputError, naming the file, where it is broken, empty, not finite or over 128 MiB.
+    Hz). Channels and bits say what a frame is, and the sound ends with the last whole one. Raises
+    InputError, naming the file, where it is broken, empty, not finite or over 128 MiB.
     """
-    remedy = f'; give an intact, uncompressed one of at most {FILE_LIMIT >> 20} MiB'
+    remedy = f'; give an uncompressed one of at most {FILE_LIMIT >> 20} MiB'
     with blame(path, 'not a readable WAV file', remedy):
-        sample_rate, samples = wavfile.read(io.BytesIO(_read_file(path)))
-        if len(samples) == 0:
-            raise ValueError('no samples in it')
-        if not 8000 <= sample_rate <= 192000:
-            raise ValueError(f'sample rate {sample_rate} Hz is outside 8 to 192 kHz')
+        samples, sample_rate = _parse_wav(_read_file(path))
         if not np.isfinite(samples).all():
             raise ValueError('samples that are not finite numbers')
     full_scale = 2 ** (8 * samples.itemsize - 1)
-    if samples.dtype == np.uint8:
-        samples = samples.astype(np.int16) - 128
     if samples.dtype.kind == 'f':
         samples, full_scale = samples.clip(-1, 1), 1
-    mono = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
-    return mono / full_scale, sample_rate
+    return samples.mean(axis=1, dtype=np.float32) / full_scale, sample_rate
 
 
 def write_wav(file, waveform, sample_rate):
@@ -96,6 +90,53 @@ def write_wav(file, waveform, sample_rate):
     """
     samples = np.round(waveform * 32768).clip(-32768, 32767)
     wavfile.write(file, sample_rate, samples.astype(np.int16))
+
+
+def _parse_wav(content):
+    """The samples (n, channels), signed integers or floats, and their rate."""
+    form, data = _wav_chunks(content)
+    code, channels, sample_rate, bits, subformat = struct.unpack_from('<HHI6xH8xH', form)
+    if code == 0xFFFE:                              # WAVE_FORMAT_EXTENSIBLE
+        code = subformat
+    width = ceil(bits / 8)                          # bytes of a sample
+    if code == 1:
+        kind = 'i'
+    elif code == 3 and width in (4, 8):
+        kind = 'f'
+    else:
+        raise ValueError(f'codec {code} of {bits} bits, neither PCM nor float')
+    if not 8000 <= sample_rate <= 192000:
+        raise ValueError(f'sample rate {sample_rate} Hz is outside 8 to 192 kHz')
+    count = len(data) // max(1, channels * width) * channels        # of samples in whole frames
+    if count == 0:
+        raise ValueError(f'no samples of {channels} channels in it')
+    octets = np.frombuffer(data, np.uint8, count * width).reshape(count, width)
+    if width == 1:
+        octets = octets ^ 128                       # 8 bits are unsigned
+    if width == 3:
+        octets = np.pad(octets, [(0, 0), (1, 0)])   # 24 bits become the upper ones of 32
+    return octets.view(f'<{kind}{octets.shape[1]}').reshape(-1, channels), sample_rate
+
+
+def _wav_chunks(content):
+    """The format, filled up to the longest, and what is there of the sound."""
+    if content[:4] not in (b'RIFF', b'RF64') or content[8:12] != b'WAVE':
+        raise ValueError('it does not begin as RIFF WAVE')
+    chunks = {b'fmt ': b''}
+    start = 12
+    while b'data' not in chunks:
+        if start + 8 > len(content):
+            raise ValueError('no sound in it')
+        name, size = struct.unpack_from('<4sI', content, start)
+        start += 8
+        chunks[name] = content[start:start + size]
+        start += size + size % 2
+    data = chunks[b'data']
+    if b'ds64' in chunks:                           # RF64 says there how long its sound is
+        data = data[:int.from_bytes(chunks[b'ds64'][8:16], 'little')]
+    elif size == 0 and content[4:8] != struct.pack('<I', len(content) - 8):
+        data = content[start:]                      # nobody filled in the lengths at the end
+    return chunks[b'fmt '].ljust(40, b'\0'), data
 
 
 def mel_filterbank(sample_rate=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=0.0, fmax=None):
