@@ -468,10 +468,11 @@ VICTORY = 0.01      # of D: below this mean of L_D its gradient teaches G little
 def d_has_won(L_D, epoch):
     """Whether the L_D of an epoch's steps say so; then it is said on stderr."""
     mean = torch.stack(L_D).mean().item()
-    if mean < VICTORY and rank() == 0:
+    won = mean < VICTORY
+    if won and rank() == 0:
         note(f'note: L_D was {mean:.4f} over epoch {epoch}: D has won, and G learns little from '
              'it; try --no-saturating, --betas 0.5 0.999, or a smaller --disc-base')
-    return mean < VICTORY
+    return won
 
 
 def save_config(args, run, dataset):
