@@ -35,6 +35,7 @@ SETTINGS = {                # GAN-CLS's [code]
     'init_std': 0.02,
     'dropout': 0.0,
     'saturating': False,
+    'detach_residue': False,
     'lambdas': [0, 1, 1, 1, 1],     # L_C, L_G, L_Cons; the last two weigh nothing here
 }
 

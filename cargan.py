@@ -212,13 +212,15 @@ class ResidueModule(nn.Module):
     """The residue, section 3.2: L_r = L_a - L'_i with L'_i = softmax(C(image)).
 
     Maps (image (B, 3, S, S), label (B,)) to (logits (B, K), residue (B, K)). C is frozen and stays
-    in eval mode whatever mode the model is in, yet its gradient reaches the image (section 3.3). A
-    residue sums to 0, is 0 where C recognises the label for certain, and is not detached.
+    in eval mode whatever mode the model is in, yet its gradient reaches the image (section 3.3):
+    through the logits always, through the residue unless `detach`. A residue sums to 0 and is 0
+    where C recognises the label for certain.
     """
 
-    def __init__(self, classifier):
+    def __init__(self, classifier, detach=False):
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
+        self.detach = detach
 
     def train(self, mode=True):
         super().train(mode)
@@ -229,6 +231,8 @@ class ResidueModule(nn.Module):
         logits = self.classifier(image)                              # (B, K)
         L_a = F.one_hot(label, logits.shape[1])                      # (B, K)
         L_r = L_a - logits.softmax(dim=1)                            # (B, K)
+        if self.detach:
+            L_r = L_r.detach()
         return logits, L_r
 
 
@@ -237,13 +241,14 @@ class CARGAN(nn.Module):
 
     Maps (lms (B, C_a, S, S), label (B,)) to (coarse I', fine I'', coarse_logits C(I')). `variant`
     is one of the paper's ablations (`VARIANTS`); D has no stage II and returns I' twice, and what B
-    leaves out is a loss, not a network. Without `classifier` C is untrained.
+    leaves out is a loss, not a network. Without `classifier` C is untrained. With `detach_residue`
+    no gradient passes from G2 through C to G1.
 
     Raises ValueError for an unknown variant, and as widths() does.
     """
 
     def __init__(self, num_classes, size=256, base=64, variant='E', lms_channels=1, classifier=None,
-                 dropout=0.5, init_std=0.2):
+                 dropout=0.5, init_std=0.2, detach_residue=False):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f'variant {variant!r} is not one of {", ".join(VARIANTS)}')
@@ -258,7 +263,7 @@ class CARGAN(nn.Module):
             self.G2 = UNetGenerator(3 + num_classes, **unet)
         if classifier is None:
             classifier = Classifier(num_classes, pretrained=False)
-        self.residue = ResidueModule(classifier)
+        self.residue = ResidueModule(classifier, detach_residue)
 
     def forward(self, lms, label):                                   # (B, C_a, S, S), (B,)
         L_a = F.one_hot(label, self.num_classes)                     # (B, K)

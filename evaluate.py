@@ -42,7 +42,7 @@ SUFFIX = {'inception': '', 'independent': '_independent'}       # of metrics in 
 KID_ROWS = 4096         # at most: its time grows by the square
 NEAR_SILENT = -40.0     # dB of Split.loudness: the demo's music is above -15, its rests below -50
 SEEDS_OWN = {'seed', 'out', 'group', 'classifier', 'cache', 'device', 'workers', 'compile', 'made',
-             'resume', 'sample_every'}        # settings in which the runs of one column may differ
+             'resume'}        # settings in which the runs of one column may differ
 
 
 # ----------------------------------------------------- FID's Inception network, distances and score

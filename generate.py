@@ -65,10 +65,11 @@ def load_run(run, device='cpu'):
 
 
 def make_model(variant, num_classes, size, base, lms_channels, classifier=None, dropout=0.5,
-               init_std=0.2, audio=None):
+               init_std=0.2, audio=None, detach_residue=False):
     """CARGAN or a baseline; `audio` is S2IC's audio classifier, whose weights a run keeps too."""
     if variant in VARIANTS:
-        return CARGAN(num_classes, size, base, variant, lms_channels, classifier, dropout, init_std)
+        return CARGAN(num_classes, size, base, variant, lms_channels, classifier, dropout, init_std,
+                      detach_residue)
     settings = [num_classes, size, base, lms_channels, classifier]
     if variant == 'S2IC':
         settings.append(audio)

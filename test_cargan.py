@@ -62,7 +62,7 @@ SMALL = ['--size', '32', '--base', '8', '--disc-base', '8', '--batch-size', '5',
 def run_flags(data, out, *more):
     """The flags of a run of two epochs."""
     flags = ['--data', data, '--cache', data.parent / 'cache', '--out', out, *more]
-    return [*map(str, flags), '--epochs', '2', '--sample-every', '1', '--device', 'cpu', *SMALL]
+    return [*map(str, flags), '--epochs', '2', '--device', 'cpu', *SMALL]
 
 
 @pytest.fixture(scope='session')
@@ -1175,6 +1175,18 @@ def test_residue_and_its_gradient_into_g1_through_c():
     for p in C.parameters():
         assert p.grad is None
     assert not changed(before, C.state_dict())
+
+
+@pytest.mark.parametrize('detach', [False, True])
+def test_gradient_passes_a_residue_that_is_not_detached(detach):
+    model = cargan.CARGAN(5, size=32, base=8, init_std=0.02, detach_residue=detach)
+    coarse, fine, logits = model(torch.rand(4, 1, 32, 32), torch.tensor([0, 1, 4, 1]))
+    of_picture, through_residue = torch.autograd.grad(fine.sum(), (coarse, logits),
+                                                      retain_graph=True, allow_unused=True)
+    assert of_picture.any()
+    assert detach == (through_residue is None)
+    of_L_C, = torch.autograd.grad(logits.square().sum(), coarse)
+    assert of_L_C.any()
 
 
 def test_no_residue_is_left_where_c_is_certain():
@@ -2455,7 +2467,7 @@ def test_a_baselines_settings_are_its_own_and_yield_to_flags(tmp_path, capsys, r
         runs.write_config(tmp_path, vars(small), classes=[], lms_channels=1)
         again, = train.parse_args(['--resume', str(tmp_path), '--lr', '0.3'])
         assert (again.variant, again.lr, again.lambdas) == (name, 0.3, small.lambdas)
-        for flag in (['--dropout', '0.3'], ['--no-saturating']):
+        for flag in (['--dropout', '0.3'], ['--no-saturating'], ['--detach-residue']):
             for words in [*flags, 'E', '--out', 'y'], ['--resume', tmp_path]:
                 refused(train, [*words, *flag], name, 'no such choice')
     capsys.readouterr()         # those of CAR-GAN's variants are the same

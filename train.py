@@ -301,7 +301,8 @@ class Trainer:
         self.steps = 0                      # of all epochs
 
         self.model = make_model(args.variant, num_classes, args.size, args.base, lms_channels,
-                                classifier, args.dropout, args.init_std, audio)
+                                classifier, args.dropout, args.init_std, audio,
+                                args.detach_residue)
         if args.variant in BASELINES:
             discriminator = BASELINES[args.variant][1]
             self.D = discriminator(args.size, args.disc_base, lms_channels, args.init_std)
@@ -410,9 +411,9 @@ class Trainer:
 # ---------------------------------------------------------------------------------------- the loop
 
 def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
-    """The epochs that are left: a checkpoint with a picture grid every --sample-every of them and
-    at the end, another every ten minutes and when a signal asks to stop. `classifier`: C's file,
-    from the run.
+    """The epochs that are left: a checkpoint with a picture grid after each of the first five,
+    every fifth and the last, another every ten minutes and when a signal asks to stop.
+    `classifier`: C's file, from the run.
     """
     split, progress, examples = dataset.train, Progress(sys.stdout), example_clips(dataset)
     log = Log(run / 'log.csv', trainer.steps)
@@ -444,7 +445,7 @@ def train_gan(trainer, dataset, args, run, saver, classifier='classifier.pt'):
             if whole:
                 trainer.epoch, trainer.pairs = epoch, 0
                 warned = warned or d_has_won(L_D, epoch)
-            sampled = whole and (epoch % args.sample_every == 0 or epoch == args.epochs)
+            sampled = whole and (epoch < 5 or epoch % 5 == 0 or epoch == args.epochs)
             if saver.due() or sampled:
                 log.flush()         # first, as it may find that the weights are not worth keeping
                 save_checkpoint(trainer, run, split, classifier)
@@ -836,8 +837,8 @@ def benchmark(args, device, gpus):
 # ----------------------------------------------------------------------------------------- command
 
 SMALL = dict(base=32, disc_base=16, dropout=0.0, init_std=0.02, batch_size=8, epochs=40, lr=4e-4,
-             betas=[0.5, 0.999], saturating=False, ema=1500, classifier_epochs=10,
-             lambdas=[0.1, 1.0, 100.0, 1.0, 1.0],
+             betas=[0.5, 0.999], saturating=False, detach_residue=True, ema=1500,
+             classifier_epochs=10, lambdas=[0.1, 1.0, 100.0, 1.0, 1.0],
              amp='off')     # with batches of 8 the GPU waits for Python, and bf16 adds to that
 PRESETS = {     # what each sets otherwise than the paper
     'paper': {},
@@ -864,8 +865,6 @@ def make_parser():
         'of a batch each, else the CPU)')
     add('--seed', type=at_least(int, 0), nargs='+', default=0, help='of the weights, the order '
         'and dropout; several: a run each, below --out (default: 0)')
-    add('--sample-every', type=at_least(int, 1), default=5,
-        help='epochs between picture grids, with a checkpoint each (default: 5)')
     add('--amp', choices=('bf16', 'fp16', 'off'), help='precision of the networks; losses and '
         'residue are float32 (default: bf16 on a GPU, else off; off in small and demo)')
     add('--compile', action='store_true',
@@ -901,6 +900,9 @@ def make_parser():
         'Eq. (5) (default: 1 1 100 1 1)')
     add('--saturating', action=argparse.BooleanOptionalAction, default=True,
         help="G minimises log(1 - D), the equations' letter (default); otherwise -log D")
+    add('--detach-residue', action=argparse.BooleanOptionalAction, default=False,
+        help='to G2 the residue is a label: no gradient passes through it to G1 (default: one '
+        'does)')
     add('--classifier', help='C: the classifier.pt of another run, used as it is, or '
         "torchvision's resnet50-0676ba61.pth, to start from (default: downloaded once)")
     add('--no-pretrained', dest='pretrained', action='store_false',
@@ -936,9 +938,10 @@ def parse_args(argv=None):
         settings = _resumed(defaults, given)
         variants = [settings['variant']]
     for variant in variants:
-        for name in 'dropout', 'saturating':
+        for name in 'dropout', 'saturating', 'detach_residue':
             if variant in BASELINES and name in given:
-                raise InputError(f'--{name}: S2IC and CMCGAN have no such choice; leave the flag '
+                flag = name.replace('_', '-')
+                raise InputError(f'--{flag}: S2IC and CMCGAN have no such choice; leave the flag '
                                  'out, or train them by a command of their own')
     if 'resume' in given:
         return [argparse.Namespace(**settings)]
