@@ -472,7 +472,7 @@ def d_has_won(L_D, epoch):
     won = mean < VICTORY
     if won and rank() == 0:
         note(f'note: L_D was {mean:.4f} over epoch {epoch}: D has won, and G learns little from '
-             'it; try --no-saturating, --betas 0.5 0.999, or a smaller --disc-base')
+             'it; try --init-std 0.02, which helped most, or --no-saturating')
     return won
 
 
