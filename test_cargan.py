@@ -694,20 +694,20 @@ def test_whatever_stands_in_the_caches_place_it_is_built_again(data, tmp_path, c
     assert not left.exists()
 
 
-def test_two_that_want_the_same_cache_build_it_once(data, tmp_path, capsys):
+def test_two_that_want_the_same_cache_build_it_once(data, tmp_path, monkeypatch):
     cache = tmp_path / 'cache'
     folder = preprocess.open_dataset(data, 32, cache).folder
     shutil.rmtree(folder)
-    capsys.readouterr()
-    err = ''
+    err = io.StringIO()                     # capsys loses what threads print while it is read
+    monkeypatch.setattr(sys, 'stderr', err)
     with ThreadPoolExecutor(2) as pool:
         with writing(folder):               # until both wait for it
             both = [pool.submit(preprocess.open_dataset, data, 32, cache) for _ in range(2)]
-            while err.count('waiting for another process') < 2:
-                err += capsys.readouterr().err
+            while err.getvalue().count('waiting for another process') < 2:
                 assert not any(job.done() for job in both)
+                time.sleep(0.01)
         assert [len(job.result().train) for job in both] == [52, 52]
-    assert capsys.readouterr().err.count('78 of 78') == 1
+    assert err.getvalue().count('78 of 78') == 1
     assert list(cache.iterdir()) == [folder]
 
 
@@ -2358,18 +2358,18 @@ def test_a_run_that_diverges_does_not_keep_the_others(
     assert 'run 1 of' not in capsys.readouterr().out
 
 
-def test_two_commands_of_one_group_train_c_once(group, two, tmp_path, monkeypatch, capsys):
+def test_two_commands_of_one_group_train_c_once(group, two, tmp_path, monkeypatch):
     """As on two GPUs, a seed each; C is trained by the one, waited for by the other."""
-    made = []
+    made, err = [], io.StringIO()
 
     def make(*_):
         made.append('C')
-        err = ''
-        while 'waiting for another process' not in err:
-            err += capsys.readouterr().err
+        while 'waiting for another process' not in err.getvalue():
+            time.sleep(0.01)
         return runs.load_file(group[0] / 'classifier.pt')
 
     monkeypatch.setattr(train, 'make_classifier', make)
+    monkeypatch.setattr(sys, 'stderr', err)
     job = argparse.Namespace(seed=0), two, tmp_path / 'classifier.pt', 'cpu'
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(train.get_classifier, *job) for _ in range(2)]
