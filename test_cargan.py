@@ -2176,6 +2176,7 @@ def test_a_note_says_that_d_has_won(two_classes, tmp_path, trained, monkeypatch,
     said = float(re.search('L_D was (.*) over epoch 1:', note)[1])
     assert said == pytest.approx(np.mean(L_D[:4]), abs=1e-4)
     assert '--init-std 0.02' in note
+    assert '--no-saturating' in note
     assert not train.d_has_won([torch.tensor(100.0), torch.tensor(101.0)], 1)
 
 
