@@ -581,16 +581,17 @@ Result = namedtuple('Result', 'config metrics pictures')      # of a run; exampl
 
 def columns_of(results):
     """Results as columns {title: [results]}, in the paper's order: the runs of a model that differ
-    in their seed alone. Where a run has settings that most have not, the title says which.
+    in their seed alone. Where a run has settings that most have not, the title says which; None is
+    one that its version of train.py did not know.
     """
     columns, order = {}, [*VARIANTS, *BASELINES]
     for result in results:
         config, title = result.config, result.config['variant']
         alike = [other.config for other in results if other.config['variant'] == title]
-        for name in sorted(config.keys() - SEEDS_OWN):
+        for name in sorted(set().union(*alike) - SEEDS_OWN):
             usual = mode(str(other.get(name)) for other in alike)
-            if str(config[name]) != usual:
-                title += f', {name} {config[name]}'
+            if str(config.get(name)) != usual:
+                title += f', {name} {config.get(name)}'
         columns.setdefault(title, []).append(result)
     titles = sorted(columns, key=lambda title: (order.index(title.split(', ')[0]), title))
     return {title: columns[title] for title in titles}

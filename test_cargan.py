@@ -3034,19 +3034,25 @@ def test_one_table_is_of_one_independent_classifier(folder, measured, monkeypatc
 
 
 def test_several_runs_side_by_side(folder, measured, tmp_path, refused, capsys):
-    """A column a model, of its seeds; one for a run that was finished with other settings."""
+    """A column a model, of its seeds; one for a run that was finished with other settings, and one
+    for a run from before there was such a setting.
+    """
     flags = ['--device', 'cpu']
-    for seed in 1, 2:
+    for seed in 1, 2, 3:
         run = folder / f'S2IC-seed-{seed}'
         shutil.copytree(folder / 'S2IC-seed-0', run, copy_function=os.link)
         change(run / 'config.json', seed=seed, compile=bool(seed), out=str(run))
     change(folder / 'S2IC-seed-0/config.json', lr=0.1, made=dict(command='train'))
+    old = folder / 'S2IC-seed-3/config.json'
+    settings = json.loads(old.read_text())
+    del settings['ema']
+    runs.write_text(old, json.dumps(settings))
     evaluate.main([str(folder), *flags])
     out, text = capsys.readouterr().out, (folder / 'tables.md').read_text()
     assert text.strip() in out
     columns = json.loads((folder / 'tables.json').read_text())
     kept = {title: [metrics['seed'] for metrics in found] for title, (_, found) in columns.items()}
-    assert kept == {'E': [0], 'S2IC': [1, 2], 'S2IC, lr 0.1': [0]}
+    assert kept == {'E': [0], 'S2IC': [1, 2], 'S2IC, ema None': [3], 'S2IC, lr 0.1': [0]}
     assert {'report.html', 'figure4.png', 'figure6.png'} < {path.name for path in folder.iterdir()}
     assert all((path / 'report.html').exists() for path in folder.glob('*-seed-*'))
     # by name they are printed only, unless --out says where to
@@ -3057,7 +3063,7 @@ def test_several_runs_side_by_side(folder, measured, tmp_path, refused, capsys):
     evaluate.main([*named, '--out', str(tmp_path / 'out'), *flags])
     assert list(json.loads((tmp_path / 'out/tables.json').read_text())) == ['E', 'S2IC']
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    assert len(measured) == 4
+    assert len(measured) == 5
     refused(evaluate, [*named, tmp_path / 'none', *flags], tmp_path / 'none', 'not a run')
     refused(evaluate, [folder, '--images', tmp_path / 'new', *flags], '--images', 'one run')
     change(folder / 'S2IC-seed-0/config.json', data='/other')
