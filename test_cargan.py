@@ -4294,6 +4294,22 @@ def test_the_commands_of_the_docs_have_these_flags(path, capsys):
             assert train.parse_args(flags)
 
 
+def test_the_results_loop_keeps_every_eighth_clip(tmp_path):
+    """Of both halves of a pair alike, in each class; validation stays whole."""
+    block, = re.findall(r'^cp -rL .*?^done\n', (HERE / 'docs/results.md').read_text(), re.S | re.M)
+    for folder, suffix in ('img', 'jpg'), ('chunk', 'wav'):
+        for split, name in itertools.product(('train', 'validation'), ('flute', 'oboe')):
+            path = tmp_path / 'mini-sub-urmp' / folder / split / name
+            path.mkdir(parents=True)
+            for k in range(20):
+                (path / f'{name}_{k:02}.{suffix}').touch()
+    subprocess.run(['bash', '-euc', block], cwd=tmp_path, check=True)
+    for folder, name in itertools.product(('img', 'chunk'), ('flute', 'oboe')):
+        kept = {path.stem for path in (tmp_path / 'clips20' / folder / 'train' / name).iterdir()}
+        assert kept == {f'{name}_{k:02}' for k in (0, 8, 16)}
+        assert len([*(tmp_path / 'clips20' / folder / 'validation' / name).iterdir()]) == 20
+
+
 def test_arrows_of_import_run_one_way():
     """Each module imports those after it in this order alone; cargan.py knows no other file."""
     order = ['evaluate', 'train', 'report', 'generate', 'demo', 'preprocess', 'runs', 'baselines',
