@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.io import wavfile
 
-from runs import (InputError, Progress, at_least, default_cache, run_command, writing,
+from runs import (Progress, at_least, default_cache, new_path, run_command, writing,
                   written_whole)
 
 DEMO_VERSION = 5            # raised whenever the demo data come out otherwise
@@ -533,9 +533,7 @@ def main(argv=None):
     parser.add_argument('directory', metavar='DIR', help='the new folder to write')
     parser.add_argument('--size', type=at_least(int, 1), default=256, help='pixels a side')
     args = parser.parse_args(argv)
-    if Path(args.directory).exists():
-        raise InputError(f'{args.directory}: exists already; name a new folder')
-    with written_whole(args.directory) as part:
+    with new_path(args.directory) as part:
         write_demo(part, size=args.size)
 
 

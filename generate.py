@@ -28,7 +28,8 @@ from cargan import CARGAN, VARIANTS
 from demo import demo_data
 from preprocess import find_pairs, open_dataset, read_wav, recording_lms, write_wav
 from runs import (InputError, Progress, at_least, choose_device, default_cache, digest,
-                  load_config, load_file, load_state, reason, run_command, written_whole)
+                  load_config, load_file, load_state, new_path, reason, refuse_existing,
+                  run_command, written_whole)
 
 METHODS = (*BASELINES, 'E')     # of Table 2 and Figure 6
 
@@ -52,7 +53,7 @@ def load_run(run, device='cpu'):
     try:
         model = make_model(config['variant'], len(config['classes']), config['size'],
                            config['base'], config['lms_channels'])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f'{run}: not a run of train.py (config.json: {reason(error)})') from error
     classifier = model.residue.classifier
     load_state(classifier, load_file(source, classifier=dict)['classifier'], source)
@@ -353,7 +354,6 @@ def save_scene(scene, path):
     moment. Returns the number of moments.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     count = 0
 
@@ -363,21 +363,20 @@ def save_scene(scene, path):
             yield moment
             progress(f'{path}: {moment.seconds:.1f} of {scene.end:.1f} s')
 
-    if path.suffix == '.html':
-        write_scene_page(scene, moments(), path)
-    elif path.suffix == '.png':
-        named = [(f'{moment.seconds:g} s', moment.picture) for moment in moments()]
-        draw_grid([('', dict(named[i:i + 16])) for i in range(0, len(named), 16)], path)
-    elif path.suffix == '.gif':
-        seconds, pictures, _ = zip(*moments())
-        times = [10 * round(100 * time) for time in (*seconds, scene.end)]      # ms, in 1/100 s
-        durations = np.diff(times).clip(10).tolist()
-        with written_whole(path) as part:
+    with new_path(path) as part:
+        if path.suffix == '.html':
+            write_scene_page(scene, moments(), part)
+        elif path.suffix == '.png':
+            named = [(f'{moment.seconds:g} s', moment.picture) for moment in moments()]
+            draw_grid([('', dict(named[i:i + 16])) for i in range(0, len(named), 16)], part)
+        elif path.suffix == '.gif':
+            seconds, pictures, _ = zip(*moments())
+            times = [10 * round(100 * time) for time in (*seconds, scene.end)]  # ms, in 1/100 s
+            durations = np.diff(times).clip(10).tolist()
             pictures[0].save(part, 'GIF', save_all=True, append_images=pictures[1:], loop=0,
                              duration=durations)
-    else:
-        with written_whole(path) as part:
-            part.mkdir(parents=True)
+        else:
+            part.mkdir()
             for moment in moments():
                 moment.picture.save(part / f'{round(1000 * moment.seconds):08}.png')
     return count
@@ -438,7 +437,7 @@ def write_scene_page(scene, moments, path):
     wav = BytesIO()
     write_wav(wav, *scene.sound)
     columns = ''.join(f'<span>{escape(name)}</span>' for name in scene.columns)
-    with written_whole(path) as part, open(part, 'w', encoding='utf-8') as page:
+    with open(path, 'w', encoding='utf-8') as page:
         page.write(SCENE_HEAD.replace('COLUMNS', columns).replace('TITLE', escape(scene.title)))
         for seconds, image, l1 in moments:
             file = BytesIO()
@@ -462,9 +461,9 @@ def make_parser():
     source.add_argument('--piece', help="instead of a recording a piece of the run's data: the "
                         'beginning of its stems <piece>_<milliseconds>')
     add('--label', help="what plays in it (default: what S2IC's audio classifier hears)")
-    add('--hop', type=at_least(float, 0.02, below=601), default=0.5,
+    add('--hop', type=at_least(float, 0.02, below=601),
         help='seconds from one picture to the next (default: 0.5)')
-    add('--split', choices=('validation', 'train'), default='validation',
+    add('--split', choices=('validation', 'train'),
         help='where the piece is (default: validation)')
     add('--out', help='a new .html, .gif, .png or folder (default: clip.png of clip.wav, PIECE.html'
         ', here)')
@@ -475,21 +474,24 @@ def make_parser():
 
 
 def check_out(args):
-    """The path to write, as it was asked for or by default. Raises InputError where it is there, or
-    its ending is none of those that can be written.
+    """The path to write, as it was asked for or by default. Raises InputError where it is there,
+    its ending is none of those that can be written, or a flag is of the other source.
     """
+    for name in ['split'] if args.piece is None else ['label', 'hop']:
+        if getattr(args, name) is not None:
+            source = 'a recording' if args.piece is None else '--piece'
+            raise InputError(f'--{name}: does not go with {source}; leave it out')
     if args.piece is not None:
         name = f'{args.piece}.html'
         endings = '.html', '.gif'
     else:
-        name = Path(args.recording).with_suffix('.png').name
+        name = f'{Path(args.recording).stem}.png'
         endings = '.html', '.gif', '.png'
     out = Path(args.out or name)
     if out.suffix not in ('', *endings):
         raise InputError(f'{out}: ends in {out.suffix}; name a {", ".join(endings)} or a folder by '
                          '--out')
-    if out.exists():
-        raise InputError(f'{out}: exists already; name another by --out')
+    refuse_existing(out)
     return out
 
 
@@ -512,11 +514,12 @@ def choose_label(args, config, sound, device):
 def recording_scene(args, config, model, about, device):
     """I'' for a recording. Raises InputError where it cannot be read, or nobody knows what plays.
     """
+    hop = args.hop or 0.5
     sound = read_wav(args.recording)
     label = choose_label(args, config, sound, device)
     moments = generate_recording(model, config['classes'], *sound, label, config['size'], device,
-                                 args.hop)
-    title = f'{Path(args.recording).name}: {label}, every {args.hop:g} s, by {about}'
+                                 hop)
+    title = f'{Path(args.recording).name}: {label}, every {hop:g} s, by {about}'
     waveform, sample_rate = sound
     return Scene(moments, len(waveform) / sample_rate, title, ["I''"], sound)
 
@@ -526,15 +529,20 @@ def piece_scene(args, config, model, about, device, heard):
     InputError where there is none so called.
     """
     dataset = open_run_data(config, args.data, args.cache)
-    split = getattr(dataset, args.split)
+    part = args.split or 'validation'
+    split = getattr(dataset, part)
     pieces = find_pieces(split)
     if args.piece not in pieces:
         known = ', '.join(pieces) or 'no stem is <piece>_<milliseconds>'
-        raise InputError(f'--piece {args.piece}: not in {args.split}, which has: {known}')
+        raise InputError(f'--piece {args.piece}: not in {part}, which has: {known}')
     clips = pieces[args.piece]
+    names = sorted({dataset.classes[split.labels[index]] for _, index in clips})
+    if len(names) > 1:
+        raise InputError(f'--piece {args.piece}: {", ".join(names)} have one each; name the stems '
+                         'of each class apart')
     moments = generate_piece(model, split, clips, device)
     sound = piece_sound(dataset, split, clips) if heard else None
-    title = f'{args.piece} of {args.split}, by {about}'
+    title = f'{args.piece} of {part}, by {about}'
     return Scene(moments, clips[-1][0] + 0.5, title, ['LMS', "I'", "I''", 'truth'], sound)
 
 

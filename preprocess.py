@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import warnings
@@ -57,7 +58,7 @@ def _read_file(path):
     """All bytes of a file. Raises ValueError where it is none (a pipe would be waited for)."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError('no such file')
+        raise ValueError('no such file' if not path.exists() else 'not a file')
     if path.stat().st_size > FILE_LIMIT:
         raise ValueError(f'more than {FILE_LIMIT >> 20} MiB')
     return path.read_bytes()
@@ -73,7 +74,7 @@ def read_wav(path):
     Hz). Channels and bits say what a frame is, and the sound ends with the last whole one. Raises
     InputError, naming the file, where it is broken, empty, not finite or over 128 MiB.
     """
-    remedy = f'; give an uncompressed one of at most {FILE_LIMIT >> 20} MiB'
+    remedy = f'; give PCM or float, 8 to 192 kHz, at most {FILE_LIMIT >> 20} MiB'
     with blame(path, 'not a readable WAV file', remedy):
         samples, sample_rate = _parse_wav(_read_file(path))
         if not np.isfinite(samples).all():
@@ -296,6 +297,9 @@ def open_dataset(data, size=256, cache=None, workers=None):
     border = sum(pair.split == 'train' for pair in packed)
     for split, some in ('train', packed[:border]), ('validation', packed[border:]):
         missing = ', '.join(sorted(set(classes) - {pair.name for pair in some}))
+        if not classes:
+            raise InputError(f'{data}: no sound and no frame in it; preprocess.py --help shows the '
+                             'layout')
         if not some or (missing and split == 'train'):
             raise InputError(f'{data}: no good pair in {split} of class {missing}; '
                              'add some, or remove the class folder')
@@ -536,7 +540,7 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
     sound, or a stem is there already.
     """
     for name in label, piece:
-        if not re.fullmatch(r'\w[^/\\]*', name):
+        if not re.fullmatch(r'\w[^/\\]*', name) or not name.isprintable():
             raise InputError(f'--class, --piece: {name!r} is no good name for a file')
     waveform, sample_rate = read_wav(recording)
     frames = numbered_frames(folder)
@@ -569,12 +573,23 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
                 if path.stem in plan:
                     raise InputError(f'{path}: is there already; name another --piece')
     progress = Progress()
-    for stem, (split, start, path) in plan.items():
-        chunk = waveform[start:start + half]
-        shutil.copyfile(path, Path(out, 'img', split, label, stem + path.suffix.lower()))
-        write_wav(Path(out, 'chunk', split, label, f'{stem}.wav'), chunk, sample_rate)
-        counts[split] += 1
-        progress(f'{stem}: {sum(counts.values())} of {len(plan)} pairs')
+    written = []
+    try:
+        for stem, (split, start, path) in plan.items():
+            chunk = waveform[start:start + half]
+            picture = Path(out, 'img', split, label, stem + path.suffix.lower())
+            sound = Path(out, 'chunk', split, label, f'{stem}.wav')
+            written += picture, sound
+            with blame(path, 'cannot be copied', '; mend or remove it'):
+                shutil.copyfile(path, picture)
+            with blame(sound, 'cannot be written', '; make room there, or name another --out'):
+                write_wav(sound, chunk, sample_rate)
+            counts[split] += 1
+            progress(f'{stem}: {sum(counts.values())} of {len(plan)} pairs')
+    except BaseException:           # a piece is there whole, or not at all
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     return counts
 
 
@@ -598,11 +613,13 @@ def main(argv=None):
     add('--out', help='the dataset folder to make, or to add to')
     args = parser.parse_args(argv)
     if args.cut:
-        if None in (args.label, args.piece, args.out):
+        if None in (args.label, args.piece) or not args.out:
             parser.error('--cut wants --class, --piece and --out, too')
         counts = cut_recording(*args.cut, args.out, args.label, args.piece, args.fps, args.shift)
         print(f'{args.out}: {counts["train"]} pairs more in train, {counts["validation"]} in '
-              f'validation; now: python train.py --data {args.out} --preset small')
+              f'validation; now: python train.py --data {shlex.quote(args.out)} --preset small')
+        if 0 in counts.values():
+            print('which wants some in both: cut a recording of more than 2.5 s as well')
         return
     if not args.data:
         parser.error('name a dataset by --data, or make one by --cut')

@@ -150,6 +150,34 @@ def written_whole(path):
         _remove(part)
 
 
+@contextmanager
+def new_path(path):
+    """`written_whole` for what a user names. Raises InputError where that is there already, or the
+    disk refuses.
+    """
+    refuse_existing(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            yield part
+            if os.path.lexists(path):
+                raise InputError(f'{path}: was made by another meanwhile, and is left as it is')
+    except BrokenPipeError:         # of the terminal
+        raise
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name '
+                         'another place') from error
+
+
+def refuse_existing(path):
+    """Raise InputError where `path` is there, or the one beside it that is written first: another
+    process may be at work there, or it is the user's.
+    """
+    for taken in path, f'{path}.part':
+        if os.path.lexists(taken):
+            raise InputError(f'{taken}: exists already; name another place, or remove it')
+
+
 def _remove(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -254,7 +282,7 @@ CONFIG_NAMES = {'size', 'base', 'disc_base', 'epochs', 'seed', 'variant', 'class
 def load_config(run):
     """The settings of a run, as train.py wrote them. Raises InputError where `run` is none."""
     path = Path(run, 'config.json')
-    with blame(run, 'not a run of train.py: config.json'):
+    with blame(run, 'not a run of train.py: config.json', '; name a folder that it wrote'):
         config = json.loads(path.read_text('utf-8'))
         missing = CONFIG_NAMES - config.keys()
         if missing:
@@ -302,8 +330,14 @@ def open_run(run, resume=False):
 
 
 def _begun(run):
-    """Whether a folder holds more than the settings of a run."""
-    return any(path.name not in ('config.json', 'samples') for path in run.glob('*'))
+    """Whether a folder holds more than the settings of a run, or others than ours."""
+    names = {path.name for path in run.glob('*')}
+    if 'config.json' in names:
+        try:
+            load_config(run)
+        except InputError:
+            return True
+    return bool(names - {'config.json', 'samples'})
 
 
 # ---------------------------------------------------------------------------- device and processes

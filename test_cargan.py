@@ -24,6 +24,7 @@ import zlib
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -494,7 +495,11 @@ def test_what_is_no_file_or_too_large_is_named_and_not_waited_for(tmp_path, kind
     (tmp_path / 'device').symlink_to('/dev/zero')
     with open(tmp_path / 'huge', 'wb') as file:
         file.truncate(2 ** 31)              # a hole: nobody's memory has to hold it
-    why = 'more than 128 MiB' if kind == 'huge' else 'no such file'
+    why = 'not a file'
+    if kind == 'huge':
+        why = 'more than 128 MiB'
+    elif kind in ('nothing', 'dangling'):
+        why = 'no such file'
     for read in READERS:
         with pytest.raises(InputError, match=f'{tmp_path / kind}: .*{why}.*; give '):
             read(tmp_path / kind)
@@ -784,6 +789,9 @@ def test_every_class_needs_a_pair_to_train_on_and_none_in_validation(data, refus
     refused(preprocess, flags, data, 'no good pair in train of class bassoon, cello')
     shutil.rmtree(data / 'chunk/validation')
     refused(preprocess, flags, 'chunk/validation or chunk/test')
+    for part, split in itertools.product(('chunk', 'img'), ('train', 'validation')):
+        (data / 'bare' / part / split).mkdir(parents=True)
+    refused(preprocess, ['--data', data / 'bare'], 'no sound and no frame in it')
     refused(preprocess, ['--data', data / 'no'], data / 'no', 'chunk/train or spectram/train')
 
 
@@ -852,6 +860,17 @@ def test_a_cut_adds_and_never_overwrites(tmp_path, capsys, refused):
     after = {path: path.read_bytes() for path in tmp_path.glob('data/*/*/*/*')}
     assert before.items() < after.items()
     assert len(after) == 2 * len(before)
+    broken = tmp_path / 'frames/seen-036.png'
+    broken.unlink()
+    broken.mkdir()
+    refused(preprocess, [*words, '--piece', 'third'], broken, 'remove it')
+    assert {path: path.read_bytes() for path in tmp_path.glob('data/*/*/*/*')} == after
+
+
+def test_a_cut_that_leaves_a_split_empty_says_so(tmp_path, capsys):
+    cut(tmp_path, np.zeros(16000, np.int16), range(1, 21), rate=8000)
+    assert ' 0 in validation; ' in (said := capsys.readouterr().out)
+    assert said.endswith('cut a recording of more than 2.5 s as well\n')
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path, capsys, refused):
@@ -862,8 +881,9 @@ def test_what_cannot_be_cut_is_refused(tmp_path, capsys, refused):
     refused(preprocess, [*words, '--fps', '25'], 'last 1.6 s at 25 a second', '4.0 s', '--fps')
     refused(preprocess, words[:-2], '--out')
     refused(preprocess, [], '--data', '--cut')
-    for name in 'a/b', '..', '':
+    for name in 'a/b', '..', '', 'v\nw':
         refused(preprocess, [*words, '--class', name], '--class', repr(name))
+    refused(preprocess, [*words[:-1], ''], '--out')
     for shift in '100', '-100':
         refused(preprocess, [*words, '--shift', shift], take, shift)
     refused(preprocess, [*words, '--shift', 'nan'], '--shift')
@@ -892,6 +912,8 @@ def test_demo_data_is_deterministic_and_whole(demo, tmp_path, refused, monkeypat
     monkeypatch.setattr(demo_module, 'write_demo', partial(write_demo, train=1, validation=1))
     demo_module.main([str(tmp_path / 'full'), '--size', '64'])
     refused(demo_module, [tmp_path / 'full'], 'full', 'exists already')
+    (tmp_path / 'file').touch()
+    refused(demo_module, [tmp_path / 'file/x'], 'file/x: cannot be written', 'another place')
     refused(demo_module, [tmp_path / 'new', '--size', 0], 'at least 1')
 
 
@@ -3748,8 +3770,12 @@ def test_a_picture_is_generated_for_a_recording(
     refused(generate, [*long, '--out', 'frames'], 'frames', 'exists')
     refused(generate, [*long, '--out', 'scene.jpg'], 'scene.jpg', '.html, .gif, .png or a folder')
     refused(generate, [run, *flags], 'recording', '--piece')
-    refused(generate, [run, '--piece', '', *flags, '--out', 'x.html'], '--piece', 'validation')
+    refused(generate, [run, '--piece', '', '--out', 'x.html'], '--piece', 'validation')
+    refused(generate, [run, '--piece', '', *flags, '--out', 'x.html'], '--label', '--piece')
+    refused(generate, [run, '--piece', '', '--hop', '1', '--out', 'x.html'], '--hop', '--piece')
+    refused(generate, [*long, '--split', 'train', '--out', 'x.html'], '--split', 'a recording')
     refused(generate, [*long, '--piece', 'viola09'], 'recording', '--piece')
+    refused(generate, [run, '.', *flags, '--out', 'x.html'], 'not a file')
     refused(generate, [*long, '--label', 'kazoo'], 'kazoo', 'bassoon, viola')
     x = ['--out', 'x.png']
     refused(generate, [run, 'scene.png', *flags, *x], 'scene.png', 'WAV')
@@ -3799,6 +3825,49 @@ def test_a_piece_is_shown_beside_the_truth(group, two, two_classes, tmp_path, re
     there = ', '.join(generate.find_pieces(two.validation))
     flags = [run, '--piece', 'bassoon01', '--out', 'x.html']
     refused(generate, flags, 'bassoon01: not in validation', there)
+    stems = [f'solo_{100 * k}' for k in range(len(two.validation))]
+    alike = two._replace(validation=replace(two.validation, stems=stems))
+    monkeypatch.setattr(generate, 'open_run_data', lambda *_: alike)
+    refused(generate, [run, '--piece', 'solo', '--out', 'x.html'], 'solo: bassoon, viola have one')
+
+
+@pytest.mark.parametrize('name', ['x.html', 'x.png', 'x.gif', 'x'])
+def test_what_a_user_has_is_never_replaced(tmp_path, name):
+    """Neither what was there, nor what a killed process left beside it, nor what came meanwhile."""
+    out = tmp_path / name
+    picture = Image.new('RGB', (32, 32))
+    sound = np.zeros(8000, np.float32), 8000
+
+    def scene(meanwhile=lambda: None):
+        def moments():
+            meanwhile()
+            yield generate.Moment(0.0, picture, None)
+        return generate.Scene(moments(), 0.5, 'a scene', ["I''"], sound)
+
+    for taken in out, tmp_path / f'{name}.part':
+        taken.write_text('mine')
+        with pytest.raises(InputError, match=f'{taken}: exists already'):
+            generate.save_scene(scene(), out)
+        assert taken.read_text() == 'mine'
+        taken.unlink()
+    with pytest.raises(InputError, match=f'{out}: was made by another meanwhile'):
+        generate.save_scene(scene(lambda: out.write_text('mine')), out)
+    assert out.read_text() == 'mine'
+    assert [*tmp_path.iterdir()] == [out]
+    out.unlink()
+    out.symlink_to('nowhere')
+    with pytest.raises(InputError, match=f'{out}: exists already'):
+        generate.save_scene(scene(), out)
+    out.unlink()
+    generate.save_scene(scene(), out)
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_settings_of_another_program_are_not_replaced(tmp_path, two_classes, refused):
+    settings = tmp_path / 'config.json'
+    settings.write_text('{"mine": 1}')
+    refused(train, ['--data', two_classes, '--out', tmp_path], tmp_path, 'not an empty folder')
+    assert settings.read_text() == '{"mine": 1}'
 
 
 def test_chunks_that_overlap_are_heard_as_far_as_the_next_one_begins(tmp_path, capsys):
