@@ -477,16 +477,17 @@ def check_out(args):
     """The path to write, as it was asked for or by default. Raises InputError where it is there,
     its ending is none of those that can be written, or a flag is of the other source.
     """
-    for name in ['split'] if args.piece is None else ['label', 'hop']:
-        if getattr(args, name) is not None:
-            source = 'a recording' if args.piece is None else '--piece'
-            raise InputError(f'--{name}: does not go with {source}; leave it out')
     if args.piece is not None:
+        source, useless = '--piece', ['label', 'hop']
         name = f'{args.piece}.html'
         endings = '.html', '.gif'
     else:
+        source, useless = 'a recording', ['split']
         name = f'{Path(args.recording).stem}.png'
         endings = '.html', '.gif', '.png'
+    for flag in useless:
+        if getattr(args, flag) is not None:
+            raise InputError(f'--{flag}: does not go with {source}; leave it out')
     out = Path(args.out or name)
     if out.suffix not in ('', *endings):
         raise InputError(f'{out}: ends in {out.suffix}; name a {", ".join(endings)} or a folder by '

@@ -282,6 +282,9 @@ def open_dataset(data, size=256, cache=None, workers=None):
     """
     data = Path(os.path.realpath(data))
     classes, pairs, problems = find_pairs(data)
+    if not classes:
+        raise InputError(f'{data}: no sound and no frame in it; preprocess.py --help shows the '
+                         'layout')
     drawn = all(pair.audio.suffix.lower() == '.png' for pair in pairs)
     fingerprint = _fingerprint(size, classes, pairs, problems)
     place = hashlib.sha256(os.fsencode(data)).hexdigest()[:8]
@@ -297,9 +300,6 @@ def open_dataset(data, size=256, cache=None, workers=None):
     border = sum(pair.split == 'train' for pair in packed)
     for split, some in ('train', packed[:border]), ('validation', packed[border:]):
         missing = ', '.join(sorted(set(classes) - {pair.name for pair in some}))
-        if not classes:
-            raise InputError(f'{data}: no sound and no frame in it; preprocess.py --help shows the '
-                             'layout')
         if not some or (missing and split == 'train'):
             raise InputError(f'{data}: no good pair in {split} of class {missing}; '
                              'add some, or remove the class folder')
@@ -580,10 +580,7 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
             picture = Path(out, 'img', split, label, stem + path.suffix.lower())
             sound = Path(out, 'chunk', split, label, f'{stem}.wav')
             written += picture, sound
-            with blame(path, 'cannot be copied', '; mend or remove it'):
-                shutil.copyfile(path, picture)
-            with blame(sound, 'cannot be written', '; make room there, or name another --out'):
-                write_wav(sound, chunk, sample_rate)
+            _write_pair(path, picture, sound, chunk, sample_rate)
             counts[split] += 1
             progress(f'{stem}: {sum(counts.values())} of {len(plan)} pairs')
     except BaseException:           # a piece is there whole, or not at all
@@ -591,6 +588,14 @@ def cut_recording(recording, folder, out, label, piece, fps=10.0, shift=0.0):
             path.unlink(missing_ok=True)
         raise
     return counts
+
+
+def _write_pair(frame, picture, sound, chunk, sample_rate):
+    """Copy a frame to `picture`, and write its half second to `sound`."""
+    with blame(frame, 'cannot be copied', '; mend or remove it'):
+        shutil.copyfile(frame, picture)
+    with blame(sound, 'cannot be written', '; make room there, or name another --out'):
+        write_wav(sound, chunk, sample_rate)
 
 
 # ----------------------------------------------------------------------------------------- command

@@ -156,17 +156,12 @@ def new_path(path):
     disk refuses.
     """
     refuse_existing(path)
-    try:
+    with _blame_disk(path, 'another place'):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as part:
             yield part
             if os.path.lexists(path):
                 raise InputError(f'{path}: was made by another meanwhile, and is left as it is')
-    except BrokenPipeError:         # of the terminal
-        raise
-    except OSError as error:
-        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name '
-                         'another place') from error
 
 
 def refuse_existing(path):
@@ -176,6 +171,18 @@ def refuse_existing(path):
     for taken in path, f'{path}.part':
         if os.path.lexists(taken):
             raise InputError(f'{taken}: exists already; name another place, or remove it')
+
+
+@contextmanager
+def _blame_disk(path, elsewhere):
+    """Raise what the disk refuses inside as an InputError that says to write `elsewhere`."""
+    try:
+        yield
+    except BrokenPipeError:         # of the terminal
+        raise
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name '
+                         f'{elsewhere}') from error
 
 
 def _remove(path):
@@ -228,15 +235,10 @@ def writing(path):
     InputError where the disk refuses: full, read-only, a file where a folder should be.
     """
     path = Path(path)
-    try:
+    with _blame_disk(path, 'a folder elsewhere by --cache'):
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent):
             yield
-    except BrokenPipeError:         # of the terminal
-        raise
-    except OSError as error:
-        raise InputError(f'{path}: cannot be written ({reason(error)}); make room there, or name '
-                         'a folder elsewhere by --cache') from error
 
 
 def load_file(path, mmap=False, **kinds):

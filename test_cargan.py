@@ -869,7 +869,8 @@ def test_a_cut_adds_and_never_overwrites(tmp_path, capsys, refused):
 
 def test_a_cut_that_leaves_a_split_empty_says_so(tmp_path, capsys):
     cut(tmp_path, np.zeros(16000, np.int16), range(1, 21), rate=8000)
-    assert ' 0 in validation; ' in (said := capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert ' 0 in validation; ' in said
     assert said.endswith('cut a recording of more than 2.5 s as well\n')
 
 
